@@ -1,0 +1,28 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+demo: .venv/run
+	$(BIN)/python simclr.py
+
+test: .venv/dev lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/dev lint
+	$(BIN)/python -m pytest
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/run: requirements.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/dev: requirements.txt requirements-dev.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+.PHONY: demo test test-all lint

@@ -1,0 +1,600 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.4", "torchvision>=0.19", "tyro", "tensorboard", "tqdm"]
+# ///
+"""SimCLR: learn features by finding the other view of the same image among all images of the batch.
+
+Paper: Chen et al. 2020, arXiv 2002.05709; a third projector layer is that of v2, arXiv 2006.10029.
+Two random views of B images go through an encoder f, h = f(x), kept, and a projector g, z = g(h), dropped.
+Each of the 2B rows z_i, of length 1, has to find its partner z_p among the 2B - 1 others (Eq. 1):
+  L = mean over i of  -log exp(z_i.z_p / tau) / sum_{j != i} exp(z_i.z_j / tau)
+The negatives, all other images of all processes, with gradient, are what keeps h from collapsing.
+
+Demo:   python simclr.py
+Photos: python simclr.py --data photos/ --image-size 128 --epochs 200 --batch-size 512 --workers 8
+Paper:  torchrun --nproc-per-node 8 simclr.py --data imagenet/ --image-size 224 --arch resnet50 \\
+            --epochs 100 --batch-size 4096 --optimizer lars --base-lr 0.3 --weight-decay 1e-6 \\
+            --warmup-epochs 10 --min-scale 0.08 --blur 0.5 --workers 12
+
+Differs from the official TensorFlow code: torchvision's ResNets and PyTorch's initialisation (branches that
+start at zero learn slower on small images); ImageNet's mean and std are subtracted; one order of colour
+operations per batch, not per image; each image has its own blur, with reflected borders; the loss is the
+paper's mean, not twice that; an epoch drops its last incomplete batch. Several processes give the loss and
+gradient of one, but for BatchNorm: synchronised on GPUs (Sec. 2.2), each process's own on CPUs.
+"""
+
+import hashlib
+import json
+import math
+import os
+import random
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+import tyro
+from PIL import Image, ImageOps
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+
+# --- Args ---------------------------------------------------------------------------------------------------
+@dataclass
+class Args:
+    data: str = "demo"  # demo, a folder of images in any layout, or a torchvision data set such as CIFAR10
+    image_size: int = 32  # side of a view in pixels (paper: 224)
+    jitter_strength: float = 1.0  # s, colour jitter of 0.8s 0.8s 0.8s 0.2s (paper: 1, on CIFAR 0.5)
+    min_scale: float = 0.3  # smallest area of a crop as a share of the image (paper: 0.08)
+    blur: float = 0.0  # probability of Gaussian blur (paper: 0.5, on CIFAR 0)
+    solarize: float = 0.0  # probability of solarization (paper: none)
+    workers: int = 2  # processes that read images
+    arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet18"  # encoder (paper: resnet50)
+    stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3, stride 1, no max-pool; 10 x the work
+    proj_layers: Literal[2, 3] = 2  # linear layers of the projector (v1: 2, v2: 3)
+    proj_dim: int = 128  # width of z
+    temperature: float = 0.1  # tau (paper: 0.1, on CIFAR 0.5)
+    negatives: bool = True  # without, only attraction is left and z collapses to a few directions: watch it
+    epochs: int = 12  # passes over the data (paper: 100 to 1000)
+    batch_size: int = 256  # images per step, of all processes together (paper: 4096)
+    micro_batch_size: int = 0  # images per pass and process, 0: all. Same gradient, but BatchNorm sees chunks
+    optimizer: Literal["sgd", "lars"] = "sgd"  # sgd: Nesterov; momentum 0.9 in both (paper: lars)
+    base_lr: float = 0.05  # times batch / 256, or sqrt(batch) (paper: 0.3, or 0.075 with sqrt)
+    lr_scaling: Literal["linear", "sqrt"] = "linear"  # sqrt suits small batches and short runs (App. B.1)
+    weight_decay: float = 1e-4  # not on biases and norms (paper: 1e-6)
+    warmup_epochs: float = 1.0  # linear from 0 (paper: 10)
+    seed: int = 0  # of initialisation, order, crops and colours
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on cuda, off elsewhere
+    compile: bool = False  # torch.compile the model
+    run_dir: str = ""  # default: runs/METHOD, and a hash of the flags that differ from the defaults
+    restart: bool = False  # begin anew in a run folder that is in use
+    log_every: int = 10  # steps
+    checkpoint_every: int = 100  # steps
+
+
+# --- Augmentation -------------------------------------------------------------------------------------------
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def random_crop(size, min_scale):
+    """In the worker, on a PIL image: random resized crop and flip, as uint8 (C, size, size) (App. A)."""
+    crop = v2.RandomResizedCrop(size, (min_scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+    return v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
+
+
+def draw_numbers(shape, strength, blur, solarize, generator):
+    """Random numbers of augment for `shape` images (App. A), (*shape, 7), and its order of colours: factor of
+    brightness, contrast, saturation; turns of hue; gray 0 or 1; sigma of blur, 0: none; solarize 0 or 1."""
+    u = torch.rand((*shape, 9), generator=generator)
+    low = torch.tensor([max(0.0, 1 - 0.8 * strength)] * 3 + [-0.2 * strength])
+    high = torch.tensor([1 + 0.8 * strength] * 3 + [0.2 * strength])
+    factors = torch.where(u[..., 4:5] < 0.8, torch.lerp(low, high, u[..., :4]), torch.tensor([1.0, 1, 1, 0]))
+    sigma = torch.where(u[..., 5:6] < blur, 0.1 + 1.9 * u[..., 6:7], 0.0)
+    numbers = torch.cat([factors, u[..., 7:8] < 0.2, sigma, u[..., 8:9] < solarize], dim=-1)
+    return numbers, torch.randperm(4, generator=generator).tolist()
+
+
+def shift_hue(images, turns):
+    """Turn the hue of RGB images in [0, 1] by turns (B, 1, 1, 1), as a round trip through HSV would."""
+    red, green, blue = images.split(1, dim=1)
+    value = images.amax(dim=1, keepdim=True)
+    chroma = value - images.amin(dim=1, keepdim=True)
+    sixths = torch.where(value == green, 2 * chroma + blue - red, 4 * chroma + red - green)
+    sixths = torch.where(value == red, green - blue, sixths) / chroma.clamp(min=1e-8)
+    k = (images.new_tensor([5.0, 3.0, 1.0]).view(3, 1, 1) + sixths + 6 * turns) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def gaussian_blur(images, sigma, radius):
+    """Blur with a sigma (B, 1, 1, 1) per image, 0: not at all, and a kernel of 2 radius + 1 pixels."""
+    offsets = torch.arange(-radius, radius + 1, device=images.device)
+    kernel = torch.softmax(-0.5 * (offsets / sigma.clamp(min=1e-3)) ** 2, dim=-1)  # (B, 1, 1, 2 radius + 1)
+    for dim, pad in ((3, (radius, radius, 0, 0)), (2, (0, 0, radius, radius))):
+        padded, side = F.pad(images, pad, mode="reflect"), images.shape[dim]
+        images = sum(kernel[..., [i]] * padded.narrow(dim, i, side) for i in range(len(offsets)))
+    return images
+
+
+def augment(images, numbers, order, blur_radius):
+    """On the device: uint8 (B, 3, H, W) -> normalised, each image by its numbers (B, 7) of draw_numbers; with
+    the results of torchvision's adjust_* functions. Uses shift_hue, gaussian_blur."""
+    x = images.float() / 255
+    gray_of = v2.functional.rgb_to_grayscale
+    brightness, contrast, saturation, hue, gray, sigma, solarize = numbers.view(-1, 7, 1, 1, 1).unbind(1)
+    operations = (
+        lambda x: x * brightness,
+        lambda x: torch.lerp(gray_of(x).mean(dim=(2, 3), keepdim=True), x, contrast),
+        lambda x: torch.lerp(gray_of(x), x, saturation),
+        lambda x: shift_hue(x, hue),
+    )
+    for i in order:
+        x = operations[i](x).clamp(0, 1)
+    x = torch.where(gray > 0, gray_of(x), x)
+    if blur_radius:
+        x = gaussian_blur(x, sigma, blur_radius)
+    x = torch.where((solarize > 0) & (x >= 0.5), 1 - x, x)
+    return (x - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
+
+
+# --- Model --------------------------------------------------------------------------------------------------
+def resnet(arch, stem):
+    """torchvision's ResNet without its classifier, images (B, 3, H, W) -> h (B, D); and D."""
+    net = getattr(torchvision.models, arch)()
+    if stem == "cifar":
+        net.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+        net.maxpool = nn.Identity()
+    width, net.fc = net.fc.in_features, nn.Identity()
+    return net, width
+
+
+class SimCLR(nn.Module):
+    """Encoder f and projector g: images (B, 3, H, W) -> z (B, proj_dim), or z and h (B, D). Uses resnet."""
+
+    def __init__(self, arch="resnet18", stem="imagenet", proj_dim=128, proj_layers=2):
+        super().__init__()
+        self.backbone, width = resnet(arch, stem)
+        layers = []
+        for out in [width] * (proj_layers - 1) + [proj_dim]:
+            layers += [nn.Linear(width, out, bias=False), nn.BatchNorm1d(out), nn.ReLU(inplace=True)]
+        layers[-2].bias.requires_grad_(False)  # the last BatchNorm of the official code scales only
+        self.projector = nn.Sequential(*layers[:-1])
+
+    def forward(self, images, return_features=False):
+        h = self.backbone(images)
+        return (self.projector(h), h) if return_features else self.projector(h)
+
+
+# --- Loss ---------------------------------------------------------------------------------------------------
+def gather(rows):
+    """Rows (B, ...) of this process -> of all, by rank; with gradient, the sum of what all processes send."""
+    if not dist.is_initialized():
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.detach().contiguous())
+    parts[dist.get_rank()] = rows  # the only part with a way back
+    gathered = torch.cat(parts)
+
+    def sum_over_processes(grad):
+        dist.all_reduce(grad := grad.clone())
+        return grad
+
+    if gathered.requires_grad:
+        gathered.register_hook(sum_over_processes)
+    return gathered
+
+
+def contrastive_logits(z0, z1, temperature):
+    """Cosines / tau of the 2B rows here with all, -inf with itself; column of each positive. Uses gather."""
+    z0, z1 = (F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1) for z in (z0, z1))
+    candidates = torch.cat([gather(z0), gather(z1)])  # all first views, then all second ones
+    logits = torch.cat([z0, z1]) @ candidates.T / temperature  # (2B, 2B x processes)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    own = torch.arange(len(z0), device=z0.device) + rank * len(z0)
+    own = torch.cat([own, own + len(candidates) // 2])
+    return logits.scatter(1, own[:, None], -torch.inf), own.roll(len(z0))
+
+
+def nt_xent(z0, z1, temperature, negatives=True):
+    """NT-Xent (Eq. 1) of two views (B, D) of any length, mean over the 2B rows of this process; the mean over
+    processes is that of one with the whole batch, and so is its gradient. Uses contrastive_logits, gather."""
+    logits, positive = contrastive_logits(z0, z1, temperature)
+    return F.cross_entropy(logits, positive) if negatives else -logits.gather(1, positive[:, None]).mean()
+
+
+def backward_in_chunks(embed, chunks, loss_of, scaler, params):
+    """Gradients of loss_of(z of all chunks) with the activations of one chunk in memory (arXiv 2101.06983).
+    embed(chunk) -> z, h runs twice: without gradient for the loss, then with the gradient of its z. Without
+    DDP, it averages over processes once, at the end. Returns loss, z, h."""
+    with torch.no_grad():
+        parts = [embed(chunk) for chunk in chunks]
+    z, h = (torch.cat(rows) for rows in zip(*parts, strict=True))
+    loss = loss_of(z.requires_grad_())
+    scaler.scale(loss).backward()
+    for chunk, grad in zip(chunks, z.grad.split([len(part[0]) for part in parts]), strict=True):
+        embed(chunk)[0].backward(grad)
+    for p in params if dist.is_initialized() else ():
+        dist.all_reduce(p.grad.div_(dist.get_world_size()))
+    return loss.detach(), z.detach(), h
+
+
+# --- Optimiser ----------------------------------------------------------------------------------------------
+class LARS(torch.optim.Optimizer):
+    """Momentum SGD with lr x trust_coefficient x |w| / |g| for each tensor, g with decay (arXiv 1708.03888).
+    lr_in_momentum: v = m v + lr g, w -= v (SimCLR); else v = m v + g, w -= lr v (BYOL). Biases and norms
+    (ndim <= 1) take plain momentum steps without decay."""
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0, trust_coefficient=1e-3, lr_in_momentum=True):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"trust": trust_coefficient, "lr_inside": lr_in_momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            inside, outside = (group["lr"], 1.0) if group["lr_inside"] else (1.0, group["lr"])
+            for w, g in ((w, w.grad) for w in group["params"] if w.grad is not None):
+                if w.ndim > 1:
+                    g = g + group["weight_decay"] * w
+                    w_norm, g_norm = w.norm(), g.norm()
+                    g = g * torch.where((w_norm > 0) & (g_norm > 0), group["trust"] * w_norm / g_norm, 1.0)
+                v = self.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
+                v.mul_(group["momentum"]).add_(g, alpha=inside)
+                w.sub_(v, alpha=outside)
+
+
+# --- Monitor ------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def collapse_metrics(features, center=False):
+    """How much room features (B, D) take, of all processes together (all must call it). Uses gather.
+    feature_std: sqrt(D) x mean std of rows of length 1; 1 isotropic, 0 all alike. spread: 1 - |mean row|^2.
+    effective_rank: RankMe (arXiv 2210.02885), directions in use of min(rows, D); center departs, for h."""
+    z = gather(features.detach().float()).cpu().double()
+    unit = F.normalize(z, dim=1)
+    std, spread = z.shape[1] ** 0.5 * unit.std(dim=0).mean(), 1 - unit.mean(dim=0).square().sum()
+    centered = z - z.mean(dim=0) if center else z
+    rank = torch.ones(())  # of nearly constant rows, whose rounding noise would have a high one
+    if centered.norm() > 1e-3 * z.norm():
+        gram = centered.T @ centered if len(z) > z.shape[1] else centered @ centered.T
+        sigma = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+        p = sigma / sigma.sum() + 1e-7
+        rank = torch.exp(-(p * p.log()).sum())
+    return {"feature_std": std.item(), "spread": spread.item(), "effective_rank": rank.item()}
+
+
+def contrastive_metrics(logits, positive):
+    """Share of rows whose positive is STRICTLY above all negatives (a tie is no success), and how far their
+    cross-entropy is below that of equal logits, ln(candidates)."""
+    best_negative = logits.scatter(1, positive[:, None], -torch.inf).amax(dim=1)
+    accuracy = (logits.gather(1, positive[:, None])[:, 0] > best_negative).float().mean()
+    return accuracy, math.log(logits.shape[1] - 1) - F.cross_entropy(logits, positive)
+
+
+def collapse_alarm(state, step, armed_after, problems):
+    """1.0 from the third log point in a row with a problem, {words: holds}, printed once, to the third
+    without; counts after step armed_after. state: {} at first, kept in the checkpoint."""
+    if step > armed_after:
+        last = state["last"] = [*state.get("last", ()), any(problems.values())][-3:]
+        if last == [True] * 3 and not state.get("rings"):
+            held = "; ".join(words for words in problems if problems[words])
+            tqdm.write(f"COLLAPSE at step {step}: {held}")
+        state["rings"] = last == [True] * 3 or (state.get("rings", False) and last != [False] * 3)
+    return float(state.get("rings", False))
+
+
+# --- Plumbing -----------------------------------------------------------------------------------------------
+WORLD = dict(house=0x183C7EFFFF7E6666, tree=0x183C7E3C7EFF1818, car=0x3C2CFFFFFF6600, boat=0x101814161EFF7E3C)
+WORLD |= dict(cat=0x81C3FF99FF7E3C18, mushroom=0x3C7EFFFF18181C3C, cup=0x00FCFEFEFCFC7800)
+WORLD |= dict(key=0x1C22221C08180C08, bird=0x060FC67EFE7C1018, flower=0x185A3C185ADB7E18)  # 8 x 8 bitmaps
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+NOT_TRAINING = ("workers", "device", "compile", "run_dir", "restart", "log_every", "checkpoint_every")
+
+
+def demo_image(index):
+    """Photo `index` of a small built-in world: 48 x 48 RGB, its class 0..9, its caption."""
+    rng = random.Random(index)
+    label, scale, light = rng.randrange(10), rng.uniform(0.35, 0.9), rng.uniform(0.35, 1.0)
+    name, bitmap = list(WORLD.items())[label]
+    thing = Image.frombytes("1", (8, 8), bitmap.to_bytes(8, "big")).convert("L")
+    thing = thing.resize((round(48 * scale),) * 2, Image.BICUBIC)
+    thing = thing.rotate(rng.uniform(-25, 25), Image.BICUBIC, expand=True)
+    x, y = (rng.randint(*sorted((0, 48 - side))) for side in thing.size)
+    image = Image.new("RGB", (48, 48), (180, 205, 235))
+    image.paste(((140, 70, 50), (50, 105, 60), (95, 75, 150))[label % 3], (x, y), thing)
+    image = Image.blend(Image.new("RGB", (48, 48)), image, light)
+    noise = Image.frombytes("L", (48, 48), rng.randbytes(48 * 48)).convert("RGB")
+    size, side = "big" if scale > 0.625 else "small", "left" if x + thing.width / 2 < 24 else "right"
+    caption = f"a {size} {name} on the {side} {'by day' if light > 0.675 else 'at dusk'}"
+    return Image.blend(image, noise, 0.25), label, caption
+
+
+def read_image(path, image_size, min_scale):
+    """Any photo as upright 8-bit RGB. A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size if even then the
+    smallest crop (min_scale of the area, aspect 3/4) has image_size pixels a side."""
+    image = Image.open(path)
+    shrink = max(1, math.sqrt(0.75 * min_scale * image.width * image.height) / image_size)
+    image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = image.point(lambda value: value / 257)  # 16 bits, which convert() would clip
+    return image.convert("RGB")
+
+
+class Images(Dataset):
+    """Images of --data, no labels: item epoch x len + index is a list of views, random by that key alone."""
+
+    def __init__(self, data, views, seed, image_size, min_scale, rank):
+        self.views, self.seed, self.reading, ignored = views, seed, (image_size, min_scale), 0
+        if data == "demo":
+            self.items = [demo_image(index) for index in range(4096)]
+        elif os.path.isdir(data):
+            root = os.path.join(data, "train" if os.path.isdir(os.path.join(data, "train")) else "")
+            walk = os.walk(root, followlinks=True)
+            files = sorted(os.path.join(at, name) for at, _, names in walk for name in names)
+            self.items = [file for file in files if file.lower().endswith(IMAGE_ENDINGS)]
+            ignored = len(files) - len(self.items)
+        else:
+            if rank:
+                dist.barrier()  # the first process downloads, then the others read
+            try:
+                self.items = getattr(torchvision.datasets, data)("data", download=True)
+            except Exception as error:  # no such name, no network
+                raise SystemExit(f"--data {data}: no folder, no download ({error}). Give a folder, or demo")
+            if dist.is_initialized() and not rank:
+                dist.barrier()
+        self.found = f"{len(self.items)} images in {data}, {ignored} other files ignored"
+
+    def __getitem__(self, key):
+        for index in range(key, key + 100):
+            try:
+                item = self.items[index % len(self.items)]
+                image = read_image(item, *self.reading) if isinstance(item, str) else item[0].convert("RGB")
+                torch.default_generator.manual_seed(hash((self.seed, 1, key)) % 2**32)
+                return [view(image) for view in self.views]
+            except Exception as error:  # whatever a decoder raises
+                warnings.warn(f"{item} cannot be read, the next one takes its place: {error}", stacklevel=2)
+        raise OSError(f"--data: 100 files in a row cannot be read, the last is {item}")
+
+    def batches(self, batch_size, step, epochs, rank, world):
+        """Keys of this process's slice of each global batch from `step` on, dropping an epoch's rest."""
+        n = len(self.items)
+        start, skip = divmod(step, n // batch_size)
+        for epoch in range(start, epochs):
+            shuffle = torch.Generator().manual_seed(hash((self.seed, 2, epoch)) % 2**32)
+            for batch in torch.randperm(n, generator=shuffle).split(batch_size)[skip : n // batch_size]:
+                yield (epoch * n + batch.chunk(world)[rank]).tolist()
+            skip = 0
+
+
+def check_flags(args, may_be_zero, at_most_one):
+    """SystemExit unless all numbers are above 0, or 0 if in may_be_zero, at most 1 if in at_most_one."""
+    for name, value in asdict(args).items():
+        least, most = 0 if name in may_be_zero else 1e-12, 1 if name in at_most_one else math.inf
+        if type(value) in (int, float) and not least <= value <= most:
+            allowed = ("above 0" if least else "0 or more") + (", at most 1" if most == 1 else "")
+            raise SystemExit(f"--{name.replace('_', '-')} {value}: must be {allowed}")
+
+
+def start_processes(device, amp):
+    """From torchrun's environment: rank, number of processes, device, autocast type (None: float32)."""
+    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(kind for kind in here if here[kind]) if device == "auto" else device
+    if not here[kind]:
+        raise SystemExit(f"--device {kind}: PyTorch finds none on this machine; use --device auto")
+    if kind == "cuda":
+        torch.cuda.set_device(local)
+    if world > 1:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    auto = "off" if kind != "cuda" else "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[auto if amp == "auto" else amp]
+    return rank, max(world, 1), torch.device(kind, local if kind == "cuda" else 0), dtype
+
+
+def cosine_schedule(step, total, warmup, base, final=0.0):
+    """From 0 in a straight line to base at step `warmup`, then in half a cosine to final at step `total`."""
+    if step < warmup:
+        return base * step / warmup
+    return final + (base - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def save_checkpoint(path, **state):
+    """Write tensors and plain dicts in one step: a kill at any moment leaves the old file or the new one."""
+    with open(f"{path}.tmp", "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(path, method):
+    """What save_checkpoint wrote, on the CPU; SystemExit if it is damaged or another method's."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # of zip, pickle or the disk
+        state = {}
+    if state.get("method") != method:
+        raise SystemExit(f"{path} is damaged, or not of {method}: use another --run-dir, or --restart")
+    return state
+
+
+def export_backbone(folder, method, args, dim, weights, **arch_args):
+    """backbone.pt: the encoder in public names and what its use takes. Uses save_checkpoint, MEAN, STD."""
+    info = {"method": method, "arch": args.arch, "arch_args": arch_args, "image_size": args.image_size}
+    save_checkpoint(folder / "backbone.pt", **info, mean=MEAN, std=STD, feature_dim=dim, state_dict=weights)
+
+
+def open_run(args, method, rank):
+    """The run folder and the checkpoint in it, or {}; SystemExit if it holds another run."""
+    flags = {"method": method} | {k: v for k, v in asdict(args).items() if k not in NOT_TRAINING}
+    changed = {k: v for k, v in flags.items() if v != getattr(type(args), k, method)}
+    mark = "-" + hashlib.sha1(json.dumps(changed).encode()).hexdigest()[:8] if changed else ""
+    folder = Path(args.run_dir or f"runs/{method}{mark}")
+    record, path = folder / "args.json", folder / "checkpoint.pt"
+    if record.exists() and not args.restart:
+        held = json.loads(record.read_text())
+        other = ", ".join(f"--{k} {held.get(k)}" for k in flags if held.get(k) != flags[k])
+        if other:
+            raise SystemExit(f"{folder} holds a run with {other}: use another --run-dir, or --restart")
+    checkpoint = load_checkpoint(path, method) if path.exists() and not args.restart else {}
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        if args.restart:
+            path.unlink(missing_ok=True)
+        Path(f"{record}.tmp").write_text(json.dumps(flags | asdict(args), indent=1))
+        os.replace(f"{record}.tmp", record)
+        with open(folder / "metrics.jsonl", "a") as log:
+            log.truncate(checkpoint.get("log_length", 0))  # what came after is done again
+    return folder, checkpoint
+
+
+# --- Training -----------------------------------------------------------------------------------------------
+def train(args: Args) -> dict:
+    """Pretrain in the run folder, from its checkpoint if it has one; returns the metrics of the last step."""
+    may_be_zero = "micro_batch_size workers jitter_strength blur solarize weight_decay warmup_epochs seed"
+    check_flags(args, may_be_zero.split(), at_most_one=("min_scale", "blur", "solarize"))
+    rank, world, device, amp = start_processes(args.device, args.amp)
+    crop = random_crop(args.image_size, args.min_scale)
+    data = Images(args.data, (crop, crop), args.seed, args.image_size, args.min_scale, rank)
+    if args.batch_size > len(data.items) or args.batch_size % world:
+        raise SystemExit(f"--batch-size {args.batch_size}: above {data.found}, or no multiple of {world}")
+    per_epoch = len(data.items) // args.batch_size
+    total, warmup = args.epochs * per_epoch, round(args.warmup_epochs * per_epoch)
+    peak_lr = args.base_lr * (args.batch_size / 256 if args.lr_scaling == "linear" else args.batch_size**0.5)
+    run, checkpoint = open_run(args, "simclr", rank)
+    torch.manual_seed(args.seed)
+    model = SimCLR(args.arch, args.stem, args.proj_dim, args.proj_layers)
+    model = model.to(device, memory_format=torch.channels_last)  # twice as fast on CPUs
+    if world > 1 and device.type == "cuda":  # a process's own statistics would tell which rows are its own
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay}]
+    groups += [{"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    optimizer = LARS(groups, peak_lr)
+    if args.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, peak_lr, momentum=0.9, nesterov=True, fused=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    moving = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    step, metrics, alarm = (checkpoint.get(*pair) for pair in (("step", 0), ("metrics", {}), ("alarm", {})))
+    for name in moving if checkpoint else ():
+        moving[name].load_state_dict(checkpoint[name])
+    if args.compile:
+        model.compile()
+    micro = args.micro_batch_size if args.micro_batch_size < args.batch_size // world else 0
+    net = nn.parallel.DistributedDataParallel(model) if world > 1 and not micro else model
+    keys = data.batches(args.batch_size, step, args.epochs, rank, world)
+    loader = DataLoader(data, batch_sampler=keys, num_workers=args.workers, pin_memory=device.type == "cuda")
+    blur_radius = args.image_size // 20 if args.blur else 0  # kernel of a tenth of the side (App. A)
+    if rank == 0:
+        board = SummaryWriter(run, purge_step=step + 1)
+        print(f"{data.found}. Run folder {run}, step {step} of {total}")
+        print(f"{args.arch}, {amp or torch.float32}, {world} x {device}, effective learning rate {peak_lr:g}")
+
+    def embed(chunk):
+        """Views (b, 2, C, H, W) and numbers (b, 2, 7) -> z (b, 2, D), h (2b, D)."""
+        views, numbers = chunk
+        images = augment(views.flatten(0, 1), numbers.flatten(0, 1), order, blur_radius)
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            z, h = net(images.contiguous(memory_format=torch.channels_last), return_features=True)
+        return z.unflatten(0, (-1, 2)), h
+
+    def loss_of(z):
+        return nt_xent(z[:, 0], z[:, 1], args.temperature, args.negatives)
+
+    bar = tqdm(total=total, initial=step, disable=rank > 0)
+    logged, since, asked, waited = step, time.perf_counter(), time.perf_counter(), 0.0
+    try:
+        for crops in loader:
+            waited += time.perf_counter() - asked
+            lr = cosine_schedule(step, total, warmup, peak_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            views = torch.stack(crops, dim=1).to(device, non_blocking=True)  # (B, 2, C, H, W) uint8
+            generator = torch.Generator().manual_seed(hash((args.seed, 3, step)) % 2**32)
+            drawn = (args.batch_size, 2), args.jitter_strength, args.blur, args.solarize  # for all processes
+            numbers, order = draw_numbers(*drawn, generator)
+            numbers = numbers.chunk(world)[rank].to(device, non_blocking=True)
+            if step == 0 and rank == 0:
+                first = augment(views[:8].flatten(0, 1), numbers[:8].flatten(0, 1), order, blur_radius)
+                pixels = first.cpu() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+                grid = torchvision.utils.make_grid(pixels.clamp(0, 1), nrow=8)
+                torchvision.utils.save_image(grid, run / "views.png")
+                board.add_image("views", grid, step)
+            optimizer.zero_grad()
+            if micro:
+                chunks = list(zip(views.split(micro), numbers.split(micro), strict=True))
+                loss, z, h = backward_in_chunks(embed, chunks, loss_of, scaler, trained)
+            else:
+                z, h = embed((views, numbers))
+                loss = loss_of(z)
+                scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            grad_norm = nn.utils.clip_grad_norm_(trained, math.inf)  # only measured
+            scaler.step(optimizer)
+            scaler.update()
+            step += 1
+            bar.update()
+            logs = step == 1 or step % args.log_every == 0 or step == total
+            saves = step % args.checkpoint_every == 0 or step == total
+            if logs or saves:  # only here does a step wait for the device
+                if not torch.isfinite(loss if scaler.is_enabled() else loss + grad_norm):
+                    raise SystemExit(f"step {step}: loss {loss:g}, gradient {grad_norm:g}; lower --base-lr")
+            if logs:
+                logits, positive = contrastive_logits(z[:, 0].detach(), z[:, 1].detach(), args.temperature)
+                values = torch.stack([loss.detach(), *contrastive_metrics(logits, positive)])
+                loss_mean, accuracy, gap = gather(values[None]).mean(dim=0).tolist()
+                projection, feature = collapse_metrics(z.flatten(0, 1)), collapse_metrics(h, center=True)
+                candidates, rank_z = logits.shape[1] - 1, projection["effective_rank"]
+                first_rank = alarm.setdefault("first_rank", rank_z)
+                low = rank_z < max(0.05 * min(candidates, args.proj_dim), 0.1 * first_rank)
+                chance = accuracy < 2 / candidates and gap < 0.01 * math.log(candidates)
+                problems = {
+                    "all z point one way; lower --base-lr": projection["spread"] < 0.01,
+                    f"z fills {rank_z:.1f} directions; keep the negatives, lower --base-lr": low,
+                    "positives are found by chance; lower --base-lr, raise --temperature": chance,
+                }
+                now, armed_after = time.perf_counter(), max(min(500, 0.2 * total), warmup)
+                metrics = {"train/loss": loss_mean, "train/lr": lr, "train/grad_norm": grad_norm.item()}
+                metrics |= {"simclr/contrastive_accuracy": accuracy, "simclr/gap": gap}
+                metrics |= {f"monitor/{k}": v for k, v in feature.items()}
+                metrics |= {f"monitor/projection_{k.split('_')[-1]}": v for k, v in projection.items()}
+                metrics["perf/images_per_second"] = args.batch_size * (step - logged) / (now - since)
+                metrics["perf/data_wait"] = waited / (now - since)
+                logged, since, waited = step, now, 0.0
+                if rank == 0:
+                    metrics["monitor/alarm"] = collapse_alarm(alarm, step, armed_after, problems)
+                    for tag, value in metrics.items():
+                        board.add_scalar(tag, value, step)
+                    line = {"step": step, "epoch": (step - 1) // per_epoch} | metrics
+                    with open(run / "metrics.jsonl", "a") as log:
+                        log.write(json.dumps(line) + "\n")
+                    bar.set_postfix_str(f"loss {loss_mean:.3f} accuracy {accuracy:.3f} rank {rank_z:.0f}")
+            if saves and rank == 0:
+                export_backbone(run, "simclr", args, h.shape[1], model.backbone.state_dict(), stem=args.stem)
+                state = {name: part.state_dict() for name, part in moving.items()}
+                state |= {"method": "simclr", "step": step, "metrics": metrics, "alarm": alarm}
+                state["log_length"] = (run / "metrics.jsonl").stat().st_size
+                save_checkpoint(run / "checkpoint.pt", **state)
+            asked = time.perf_counter()
+    except (KeyboardInterrupt, OSError) as error:  # a worker's error comes behind its traceback
+        reason = (str(error) or "interrupted").splitlines()[-1]
+        raise SystemExit(f"{reason} (step {step}); the same command continues from its checkpoint")
+    finally:
+        bar.close()
+    if rank == 0:
+        print(f"{run}/backbone.pt: " + ", ".join(f"{tag} {value:.4g}" for tag, value in metrics.items()))
+    if world > 1:
+        dist.destroy_process_group()
+    return metrics
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,89 @@
+import ast
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+PHOTOS = ROOT.parent / "shared/data/cifar10-photos"
+SCRIPTS = sorted(path for path in ROOT.glob("*.py"))
+# A training script is one that defines train(args); eval_linear.py and convert.py do not.
+TRAINING = [
+    path.stem
+    for path in SCRIPTS
+    if any(
+        isinstance(node, ast.FunctionDef) and node.name == "train"
+        for node in ast.parse(path.read_text()).body
+    )
+]
+# Flags that make a run tiny, for scripts whose defaults are not tiny enough.
+TINY = {}
+
+
+@pytest.fixture(scope="session")
+def photos():
+    """The real photos beside the checkout: required in CI, optional for users."""
+    if not PHOTOS.is_dir():
+        reason = f"{PHOTOS} is missing: these tests need the CIFAR-10 photos of shared/data"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    return PHOTOS
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """40 small images without labels, in two levels of folders."""
+    root = tmp_path_factory.mktemp("photos")
+    generator = torch.Generator().manual_seed(0)
+    for i in range(40):
+        blocks = torch.randint(0, 256, (4, 4, 3), generator=generator, dtype=torch.uint8).numpy()
+        path = root / ("a" if i % 2 else "b/c") / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(blocks).resize((40, 36), Image.BICUBIC).save(path)
+    return root
+
+
+def tiny_flags(script, **flags):
+    """Flags of a run of 20 steps (4 batches of 8 in an epoch of 40 images, 5 epochs)."""
+    flags = (
+        {"image_size": 32, "epochs": 4, "batch_size": 8, "workers": 0, "log_every": 1}
+        | TINY.get(script, {})
+        | flags
+    )
+    return {"warmup_epochs": 1} | flags
+
+
+def tiny_args(script, **flags):
+    return importlib.import_module(script).Args(**tiny_flags(script, **flags))
+
+
+def command_line(script, **flags):
+    """The same flags as words of a command."""
+    words = [sys.executable, str(ROOT / f"{script}.py")]
+    for name, value in tiny_flags(script, **flags).items():
+        dashed = name.replace("_", "-")
+        words += (
+            [f"--{dashed}" if value else f"--no-{dashed}"]
+            if isinstance(value, bool)
+            else [f"--{dashed}", str(value)]
+        )
+    return words
+
+
+def run(words, timeout=240, **options):
+    options = {"capture_output": True, "text": True, "timeout": timeout} | options
+    return subprocess.run([str(word) for word in words], **options)
+
+
+def run_processes(tmp_path, code, n=2):
+    """Run Python code under torchrun in n processes on the CPU; it must exit with 0."""
+    (tmp_path / "program.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + code)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n]
+    result = run([*launcher, tmp_path / "program.py"], cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result

@@ -1,0 +1,583 @@
+"""The contracts of DESIGN sections 3, 4, 8, 9 and 11, in tiny settings, on every training script."""
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+import torch
+import torchvision
+from conftest import ROOT, TRAINING, command_line, run, run_processes, tiny_args
+from PIL import Image, ImageFile
+
+COMMON = """
+    data image_size arch epochs batch_size weight_decay warmup_epochs workers device amp compile seed
+    run_dir restart log_every checkpoint_every
+"""
+TAGS = """
+    train/loss train/lr train/grad_norm
+    perf/images_per_second perf/data_wait monitor/feature_std monitor/effective_rank monitor/alarm
+"""
+pytestmark = pytest.mark.parametrize("script", TRAINING, scope="module")
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def module(script):
+    return importlib.import_module(script)
+
+
+def metrics_of(folder):
+    """Lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{tag: value for tag, value in line.items() if not tag.startswith("perf/")} for line in lines]
+
+
+def tensors_of(state, prefix=""):
+    if isinstance(state, torch.Tensor):
+        return {prefix: state}
+    items = (
+        state.items()
+        if isinstance(state, dict)
+        else enumerate(state)
+        if isinstance(state, (list, tuple))
+        else ()
+    )
+    return {
+        name: tensor for key, value in items for name, tensor in tensors_of(value, f"{prefix}/{key}").items()
+    }
+
+
+def assert_same_run(a, b):
+    """The metrics and every tensor of the checkpoint, bit for bit."""
+    assert metrics_of(a) == metrics_of(b)
+    a, b = (tensors_of(torch.load(folder / "checkpoint.pt", weights_only=True)) for folder in (a, b))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def snapshot(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if "events" not in path.name}
+
+
+def refused(module, match, **flags):
+    """train() must raise SystemExit with a short message that matches; returns the message."""
+    with pytest.raises(SystemExit) as stop:
+        module.train(tiny_args(module.__name__, **flags))
+    message = str(stop.value)
+    assert re.search(match, message), message
+    assert stop.value.code not in (0, None) and "\n" not in message and len(message) < 400
+    return message
+
+
+# Section 3: running
+
+
+def test_flags_that_every_script_has(module):
+    fields = {field.name: field for field in dataclasses.fields(module.Args)}
+    assert set(COMMON.split()) < set(fields) and {"base_lr", "lr"} & set(fields)
+    assert fields["data"].default == "demo" and fields["device"].default == fields["amp"].default == "auto"
+    assert fields["run_dir"].default == ""
+
+
+def test_each_process_takes_its_slice_of_the_global_batch(module, folder):
+    images = module.Images(str(folder), (), 0, 32, 0.3, 0)
+    whole = list(images.batches(8, 0, 2, 0, 1))
+    parts = [list(images.batches(8, 0, 2, rank, 2)) for rank in (0, 1)]
+    assert whole == [a + b for a, b in zip(*parts, strict=True)]
+    assert len(whole) == 10 and all(len(batch) == 8 for batch in whole)
+    assert whole[3:] == list(images.batches(8, 3, 2, 0, 1)) and whole[7:] == list(
+        images.batches(8, 7, 2, 0, 1)
+    )
+    epochs = [sum(whole[:5], []), sum(whole[5:], [])]
+    assert sorted(epochs[0]) == list(range(40)) and sorted(epochs[1]) == list(range(40, 80))
+    assert [key - 40 for key in epochs[1]] != epochs[0]
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_amp_on_the_cpu(module, folder, tmp_path, amp):
+    args = tiny_args(module.__name__, data=str(folder), amp=amp, epochs=1, device="cpu", run_dir="run")
+    metrics = module.train(args)
+    assert all(math.isfinite(value) for value in metrics.values())
+    state = torch.load("run/backbone.pt", weights_only=True)["state_dict"]
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
+    assert {tensor.dtype for tensor in state.values() if tensor.is_floating_point()} == {torch.float32}
+
+
+def test_two_processes_write_one_run(module, folder, tmp_path):
+    flags = {"data": str(folder), "epochs": 1, "run_dir": "run", "device": "cpu"}
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from conftest import tiny_args
+import {module.__name__} as module
+if __name__ == "__main__":
+    metrics = module.train(tiny_args({module.__name__!r}, **{flags!r}))
+"""
+    output = run_processes(tmp_path, code).stdout
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    assert output.count("effective learning rate") == 1 and "2 x cpu" in output
+    finished = run_processes(tmp_path, code).stdout  # the same command again
+    assert "step 5 of 5" in finished and len(metrics_of(tmp_path / "run")) == 5
+
+
+# Section 4: data
+
+
+def test_demo_images_are_a_small_balanced_world(module):
+    images, labels, captions = zip(*(module.demo_image(index) for index in range(400)), strict=True)
+    assert all(image.size == (48, 48) and image.mode == "RGB" for image in images)
+    assert set(labels) == set(range(10)) and max(Counter(labels).values()) < 70
+    again = module.demo_image(7)
+    assert again[0].tobytes() == images[7].tobytes() and again[1:] == (labels[7], captions[7])
+    words = set(" ".join(captions).split())
+    assert {"mushroom", "flower", "big", "small", "left", "right", "dusk", "day"} < words
+    assert all(list(module.WORLD)[label] in caption for label, caption in zip(labels, captions, strict=True))
+    assert len({image.tobytes() for image in images}) == 400
+
+
+def difficult_files(root):
+    """One file of each kind that a camera or a scanner makes, and files that no decoder reads."""
+    rng = random.Random(0)
+    blocks = Image.frombytes("RGB", (8, 6), rng.randbytes(8 * 6 * 3))
+    photo = blocks.resize((64, 48), Image.BICUBIC)
+    root.mkdir()
+    for i in range(24):
+        photo.rotate(15 * i).save(root / f"plain{i:02d}.JPG")
+    upright = Image.new("RGB", (48, 64), (0, 0, 255))
+    upright.paste((255, 0, 0), (0, 0, 48, 32))  # red above blue
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    upright.transpose(Image.ROTATE_90).save(root / "exif.jpg", exif=exif, quality=95)
+    ramp = torch.linspace(0, 65535, 64).round().to(torch.int32).repeat(48, 1)
+    Image.fromarray(ramp.numpy().astype("uint16")).save(root / "sixteen.png")
+    Image.fromarray(ramp.numpy().astype("uint16")).save(root / "sixteen.tiff")
+    photo.convert("CMYK").save(root / "cmyk.jpg", quality=95)
+    photo.convert("P").save(root / "palette.png")
+    photo.convert("RGBA").save(root / "rgba.webp", lossless=True)
+    photo.convert("L").save(root / "gray.bmp")
+    photo.convert("1").save(root / "bits.png")
+    blocks.resize((4000, 3000), Image.BICUBIC).save(root / "large.jpeg", quality=90)
+    (root / "truncated.jpg").write_bytes((root / "large.jpeg").read_bytes()[:20000])
+    (root / "zero.jpg").write_bytes(b"")
+    (root / "text.png").write_text("I am no image")
+    (root / "notes.txt").write_text("I am ignored")
+    return photo
+
+
+def test_difficult_files_train_and_bad_ones_are_named(module, tmp_path, script):
+    difficult_files(tmp_path / "files")
+    done = run(command_line(script, data="files", epochs=1, run_dir="run"))
+    assert done.returncode == 0, done.stderr
+    assert "36 images" in done.stdout and "1 other files ignored" in done.stdout
+    for name in ("truncated.jpg", "zero.jpg", "text.png"):
+        assert re.search(rf"files/{name} cannot be read", done.stderr), done.stderr
+    assert done.stderr.count("cannot be read") == 3
+
+
+def test_good_files_are_read_right(module, tmp_path):
+    photo = difficult_files(tmp_path / "files")
+
+    def read(name, size=32):
+        return torchvision.transforms.functional.pil_to_tensor(
+            module.read_image(f"files/{name}", size, 0.08)
+        ).float()
+
+    expected = torchvision.transforms.functional.pil_to_tensor(photo).float()
+    gray = torchvision.transforms.functional.pil_to_tensor(photo.convert("L")).float()
+    for name, tolerance in (("cmyk.jpg", 12), ("palette.png", 25), ("rgba.webp", 0.5)):
+        assert (read(name) - expected).abs().mean() < tolerance, name
+    assert (read("gray.bmp") - gray).abs().max() == 0
+    upright = read("exif.jpg")
+    assert upright.shape == (3, 64, 48) and upright[0, :28].mean() > 240 and upright[2, 36:].mean() > 240
+    for name in ("sixteen.png", "sixteen.tiff"):
+        ramp = read(name)[0, 0]
+        torch.testing.assert_close(ramp, torch.linspace(0, 255, 64), atol=1.1, rtol=0)
+
+
+def test_large_jpegs_decode_small_but_not_too_small(module, tmp_path):
+    """At 1/2, 1/4 or 1/8 only if the smallest crop (area min_scale, aspect 3/4) keeps image_size pixels."""
+    Image.new("RGB", (4000, 3000)).save("large.jpg")
+    for size, scale, reduction in ((224, 0.08, 2), (224, 0.2, 4), (32, 0.2, 8), (32, 1.0, 8), (600, 0.08, 1)):
+        width, height = module.read_image("large.jpg", size, scale).size
+        assert (width, height) == (4000 // reduction, 3000 // reduction)
+        assert math.sqrt(0.75 * scale * width * height) >= size
+        if reduction < 8:
+            assert math.sqrt(0.75 * scale * width * height) / 2 < size
+    Image.new("RGB", (100, 60)).save("small.jpg")
+    assert module.read_image("small.jpg", 224, 0.08).size == (100, 60)
+
+
+def test_train_folder_is_preferred_and_any_layout_is_found(module, folder, tmp_path):
+    for name in ("train/x/1.png", "train/2.PNG", "val/3.png"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "set" / name)
+    assert len(module.Images("set", (), 0, 32, 0.3, 0).items) == 2
+    assert len(module.Images("set/val", (), 0, 32, 0.3, 0).items) == 1
+    assert len(module.Images(str(folder), (), 0, 32, 0.3, 0).items) == 40
+
+
+def test_crops_depend_on_seed_epoch_and_index_alone(module, folder):
+    crop = torchvision.transforms.v2.Compose(
+        [torchvision.transforms.v2.RandomResizedCrop(16), torchvision.transforms.v2.PILToTensor()]
+    )
+    images = module.Images(str(folder), (crop, crop), 0, 16, 0.3, 0)
+    first, second = images[3]
+    torch.manual_seed(99)
+    assert (
+        torch.equal(images[3][0], first)
+        and torch.equal(images[3][1], second)
+        and not torch.equal(first, second)
+    )
+    assert not torch.equal(images[43][0], first)  # the next epoch
+    assert not torch.equal(module.Images(str(folder), (crop,), 1, 16, 0.3, 0)[3][0], first)
+
+
+def test_a_hundred_bad_files_in_a_row_are_an_error(module, tmp_path, script):
+    (tmp_path / "bad").mkdir()
+    for i in range(110):
+        (tmp_path / "bad" / f"{i:03d}.jpg").write_text("no image")
+    for workers in (0, 1):
+        done = run(command_line(script, data="bad", workers=workers, run_dir=f"run{workers}"))
+        assert done.returncode != 0 and "Traceback" not in done.stderr
+        assert any("100 files in a row cannot be read" in line for line in done.stderr.splitlines())
+
+
+def test_data_sets_of_torchvision(module, monkeypatch):
+    pictures = [(Image.new("L", (20, 20), 10 * i), 0) for i in range(16)]
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda root, download: pictures)
+    metrics = module.train(tiny_args(module.__name__, data="CIFAR10", epochs=1, run_dir="run"))
+    assert math.isfinite(metrics["train/loss"])
+
+    def offline(root, download):
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
+    message = refused(module, "network is unreachable", data="CIFAR10")
+    assert "folder" in message and "demo" in message
+
+
+# Section 8: the run folder
+
+
+def test_run_folder(module, folder, tmp_path, capsys):
+    args = tiny_args(module.__name__, data=str(folder), run_dir="run")
+    metrics = module.train(args)
+    run = tmp_path / "run"
+    names = {path.name for path in run.iterdir()}
+    assert {"args.json", "metrics.jsonl", "checkpoint.pt", "backbone.pt"} < names
+    assert any(name.startswith("events.out") for name in names) and any(
+        name.endswith(".png") for name in names
+    )
+    assert not any(name.endswith(".tmp") for name in names)
+    held = json.loads((run / "args.json").read_text())
+    assert held == dataclasses.asdict(args) | {"method": module.__name__}
+    lines = metrics_of(run)
+    assert [line["step"] for line in lines] == list(range(1, 21)) and [
+        line["epoch"] for line in lines
+    ] == sorted([*range(4)] * 5)
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert set(TAGS.split()) < set(last) and metrics.items() <= last.items()
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run)).Reload()
+    assert set(board.Tags()["scalars"]) == set(last) - {"step", "epoch"} and board.Tags()["images"]
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 21))
+
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert checkpoint["method"] == module.__name__ and checkpoint["step"] == 20
+    backbone = torch.load(run / "backbone.pt", weights_only=True)
+    assert set(backbone) == set("method arch arch_args image_size mean std feature_dim state_dict".split())
+    assert (
+        backbone["method"] == module.__name__
+        and backbone["arch"] == args.arch
+        and backbone["image_size"] == 32
+    )
+    if args.arch.startswith("resnet"):
+        net = getattr(torchvision.models, args.arch)()
+        missing, unexpected = net.load_state_dict(backbone["state_dict"], strict=False)
+        assert set(missing) == {"fc.weight", "fc.bias"} and not unexpected
+        assert backbone["feature_dim"] == net.fc.in_features
+
+    # The same command again prints the result and trains nothing; --restart gives the same again.
+    before = snapshot(run)
+    capsys.readouterr()
+    assert module.train(args) == metrics
+    assert snapshot(run) == before and "step 20 of 20" in capsys.readouterr().out
+    module.train(dataclasses.replace(args, restart=True, log_every=1))
+    assert metrics_of(run) == lines
+
+
+def test_name_of_the_run_folder(module, folder, tmp_path):
+    script, data = module.__name__, str(folder)
+    args = tiny_args(script, data=data)
+
+    def name(**flags):
+        return module.open_run(dataclasses.replace(args, **flags), script, 0)[0]
+
+    assert module.open_run(module.Args(), script, 0)[0].as_posix() == f"runs/{script}"
+    assert re.fullmatch(rf"runs/{script}-[0-9a-f]{{8}}", name().as_posix())
+    assert name() != name(seed=1) != name(epochs=9)
+    assert name() == name(workers=3, device="cpu", log_every=7, checkpoint_every=3, compile=True)
+
+
+def test_a_folder_of_another_run_is_refused(module, folder, tmp_path):
+    args = tiny_args(module.__name__, data=str(folder), epochs=1, run_dir="run")
+    module.train(args)
+    before = snapshot(tmp_path / "run")
+    message = refused(
+        module, "run holds a run with", data=str(folder), epochs=1, run_dir="run", seed=5, weight_decay=0.5
+    )
+    assert (
+        "--seed 0" in message
+        and "--weight_decay" in message
+        and "--restart" in message
+        and "epochs" not in message
+    )
+    assert snapshot(tmp_path / "run") == before
+    module.train(dataclasses.replace(args, seed=5, restart=True))
+    assert json.loads((tmp_path / "run/args.json").read_text())["seed"] == 5
+
+
+def wait_for_step(folder, step, process):
+    start = time.time()
+    while time.time() - start < 120 and process.poll() is None:
+        path = folder / "metrics.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached: {process.communicate()}")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(script, folder, tmp_path_factory):
+    """A run of 20 steps that nothing disturbs."""
+    path = tmp_path_factory.mktemp(script)
+    importlib.import_module(script).train(tiny_args(script, data=str(folder), run_dir=str(path)))
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_kill_and_the_same_command_again(script, folder, tmp_path, uninterrupted, workers):
+    """20 steps = some more than 10, kill -9, the same command again: bit for bit, with any workers."""
+    words = command_line(script, data=folder, run_dir="run", checkpoint_every=10, workers=workers)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    wait_for_step(tmp_path / "run", 13, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 10
+    with open("run/metrics.jsonl", "a") as file:
+        file.write('{"step": 14, "tor')  # a line that the kill tore
+    done = run(words)
+    assert done.returncode == 0 and "step 10 of 20" in done.stdout, done.stderr
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_kill_while_a_checkpoint_is_written(script, folder, tmp_path, uninterrupted):
+    """The second checkpoint is killed when half of it is on the disk."""
+    (tmp_path / "program.py").write_text(f"""
+import io, os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, {script} as module, tyro
+save, calls = torch.save, []
+def half(state, file):
+    calls.append(1)
+    if "optimizer" in state and len(calls) > 2:
+        buffer = io.BytesIO()
+        save(state, buffer)
+        file.write(buffer.getvalue()[: buffer.tell() // 2])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(state, file)
+torch.save = half
+module.train(tyro.cli(module.Args))
+""")
+    words = command_line(script, data=folder, run_dir="run", checkpoint_every=6)
+    killed = run([sys.executable, "program.py", *words[2:]])
+    assert killed.returncode == -signal.SIGKILL
+    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 6 and os.path.exists(
+        "run/checkpoint.pt.tmp"
+    )
+    done = run(words)
+    assert done.returncode == 0 and "step 6 of 20" in done.stdout, done.stderr
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_ctrl_c_says_one_line(script, folder, tmp_path):
+    words = command_line(script, data=folder, run_dir="run", epochs=400, workers=1)
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for_step(tmp_path / "run", 3, process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode not in (0, -signal.SIGINT) and "Traceback" not in errors
+    assert "the same command continues" in errors.splitlines()[-1]
+
+
+# Section 9: collapse
+
+
+def test_alarm_rings_after_three_and_clears_after_three(module, capsys):
+    state, heard = {}, []
+    for step, bad in enumerate([1, 1, 1, 1, 1, 0, 1, 1, 1, 0, 1, 0, 0, 1, 0, 0, 0, 0, 1, 1, 1], start=1):
+        heard.append(
+            module.collapse_alarm(state, step, 2, {"it is flat; raise it": bool(bad), "other": False})
+        )
+    assert heard == [0.0] * 4 + [1.0] * 12 + [0.0] * 4 + [1.0]
+    said = capsys.readouterr().out
+    assert said.count("COLLAPSE") == 2 and said.count("it is flat; raise it") == 2 and "other" not in said
+
+
+def test_monitor_oracles(module):
+    """methods/collapse.md, section 6."""
+    metrics = module.collapse_metrics
+    generator = torch.Generator().manual_seed(0)
+    equal = metrics(torch.full((256, 128), 0.7))
+    assert equal["feature_std"] < 1e-5 and abs(equal["spread"]) < 1e-5
+    assert equal["effective_rank"] == pytest.approx(1.0002, abs=1e-4)
+    axes = metrics(torch.cat([torch.eye(128), -torch.eye(128)]))
+    assert axes["spread"] == pytest.approx(1) and axes["feature_std"] == pytest.approx((256 / 255) ** 0.5)
+    assert axes["effective_rank"] == pytest.approx(128.006, abs=0.01)
+    gauss = torch.randn(1024, 128, generator=generator)
+    healthy = metrics(gauss)
+    assert healthy["feature_std"] == pytest.approx(1, abs=0.01) and healthy[
+        "effective_rank"
+    ] == pytest.approx(126, abs=1)
+    rotation = torch.linalg.qr(torch.randn(128, 128, generator=generator))[0]
+    flat = metrics(gauss[:, :4] @ rotation[:4])
+    assert flat["feature_std"] > 0.9 and flat["effective_rank"] == pytest.approx(4, abs=0.02)
+    unit = torch.nn.functional.normalize(gauss + 1, dim=1)
+    assert metrics(gauss + 1)["spread"] == pytest.approx(unit.var(0, correction=0).sum().item(), abs=1e-6)
+    nearly = 5 + 1e-6 * torch.randn(512, 128, generator=generator)
+    assert metrics(nearly, center=True)["effective_rank"] == 1
+    rank = healthy["effective_rank"]
+    for same in (7 * gauss, gauss @ rotation, gauss[torch.randperm(1024, generator=generator)]):
+        assert metrics(same)["effective_rank"] == pytest.approx(rank, abs=1e-3)
+    assert metrics(gauss + 3)["effective_rank"] < rank - 10
+    assert metrics(gauss + 3, center=True)["effective_rank"] == pytest.approx(rank, abs=1)
+    assert metrics(torch.zeros(8, 4))["effective_rank"] == 1
+    few = metrics(torch.randn(64, 512, generator=generator))["effective_rank"]
+    assert 55 < few < 64
+    state = torch.get_rng_state()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert metrics(gauss.requires_grad_()) == healthy
+    assert torch.equal(state, torch.get_rng_state()) and gauss.grad is None
+
+
+def test_no_alarm_at_the_first_step(module, folder, tmp_path):
+    module.train(tiny_args(module.__name__, data=str(folder), epochs=1, run_dir="run"))
+    assert metrics_of(tmp_path / "run")[0]["monitor/alarm"] == 0
+
+
+@pytest.mark.slow
+def test_the_demo_never_rings(script, tmp_path):
+    done = run([sys.executable, ROOT / f"{script}.py", "--run-dir", "run"], timeout=900)
+    assert done.returncode == 0 and "COLLAPSE" not in done.stdout + done.stderr
+    alarms = [line["monitor/alarm"] for line in metrics_of(tmp_path / "run")]
+    assert not any(alarms) and len(alarms) * 0.8 >= 5
+
+
+# Section 11: bad input
+
+
+BAD_VALUES = {
+    "epochs": 0,
+    "batch_size": 0,
+    "image_size": -1,
+    "weight_decay": -0.1,
+    "warmup_epochs": -1.0,
+    "workers": -1,
+    "log_every": 0,
+    "checkpoint_every": 0,
+    "temperature": 0.0,
+    "min_scale": 1.5,
+    "blur": 2.0,
+    "base_lr": math.nan,
+}
+
+
+@pytest.mark.parametrize("flag", BAD_VALUES)
+def test_wrong_values_say_what_is_allowed(module, tmp_path, flag):
+    if flag in {field.name for field in dataclasses.fields(module.Args)}:
+        refused(
+            module, f"--{flag.replace('_', '-')} .*must be (above 0|0 or more)", **{flag: BAD_VALUES[flag]}
+        )
+        assert not list(tmp_path.iterdir())
+
+
+def test_wrong_flag_and_wrong_choice(script, tmp_path):
+    for words in (["--no-such-flag", "1"], ["--arch", "resnet1000"], ["--epochs", "many"]):
+        done = run([sys.executable, ROOT / f"{script}.py", *words])
+        assert (
+            done.returncode == 2 and "Traceback" not in done.stderr and words[0] in done.stderr + done.stdout
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_data(module, folder, tmp_path):
+    refused(module, r"--data nowhere: no folder, no download .*demo", data="nowhere")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/readme.txt").write_text("nothing here")
+    refused(module, "0 images in empty, 1 other files ignored", data="empty")
+    refused(module, r"--batch-size 64: above 40 images", data=str(folder), batch_size=64)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_no_cuda_where_it_is_asked_for(module, tmp_path):
+    refused(module, "--device cuda: .*--device auto", device="cuda")
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_and_foreign_checkpoints(module, folder, tmp_path):
+    flags = {"data": str(folder), "epochs": 1, "run_dir": "run"}
+    module.train(tiny_args(module.__name__, **flags))
+    path = tmp_path / "run/checkpoint.pt"
+    whole = path.read_bytes()
+    for damage in (whole[: len(whole) // 2], b"", b"no checkpoint"):
+        path.write_bytes(damage)
+        before = snapshot(tmp_path / "run")
+        refused(module, "checkpoint.pt is damaged, or not of", **flags)
+        assert snapshot(tmp_path / "run") == before
+    torch.save({"method": "another", "step": 3}, path)
+    refused(module, "checkpoint.pt is damaged, or not of", **flags)
+    assert torch.load(path, weights_only=True)["method"] == "another"
+    metrics = module.train(tiny_args(module.__name__, **flags, restart=True))
+    assert math.isfinite(metrics["train/loss"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(module, folder, tmp_path):
+    rate = "base_lr" if hasattr(module.Args, "base_lr") else "lr"
+    flags = {"data": str(folder), "run_dir": "run", "checkpoint_every": 1, "warmup_epochs": 3, rate: 1e30}
+    refused(module, "loss .*gradient .*lower", **flags)
+    state = torch.load("run/checkpoint.pt", weights_only=True)
+    assert all(torch.isfinite(t).all() for t in tensors_of(state["model"]).values() if t.is_floating_point())
+
+
+def test_save_is_complete_or_not_at_all(module, tmp_path, monkeypatch):
+    module.save_checkpoint("a.pt", method="x", tensor=torch.ones(3))
+
+    def fail(state, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError):
+        module.save_checkpoint("a.pt", method="x", tensor=torch.zeros(3))
+    monkeypatch.undo()
+    assert module.load_checkpoint(tmp_path / "a.pt", "x")["tensor"].sum() == 3
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
