@@ -1,0 +1,142 @@
+"""Speed of our pipeline and training step beside those of published implementations, in turn in one run.
+
+    python benchmarks/throughput.py [--rounds 9] [--data FOLDER_WITH_PHOTOS]
+
+Pipeline: milliseconds of one core for one view, decoding not counted (it is the same for all).
+Step: images a second of forward, loss, backward and optimiser step on ready views, all cores.
+Same network, batch, threads and inputs; medians over the rounds, and the ratio to the peer.
+"""
+
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torchvision
+import tyro
+from PIL import Image
+from torch import nn
+from torchvision.transforms.functional import pil_to_tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import simclr  # noqa: E402
+
+
+def medians(contestants, rounds):
+    """{name: function} -> {name: median seconds}, the functions called in turn after one warm-up each."""
+    times = {name: [] for name in contestants}
+    for round in range(rounds + 1):
+        for name, function in contestants.items():
+            start = time.perf_counter()
+            function()
+            if round:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def photos(data, side, count):
+    """`count` photos as PIL images, 32 x 32, or enlarged to ImageNet's usual 500 x 375 for views of 224."""
+    files = sorted(Path(data).rglob("*.jpg"))[:count] if data else []
+    images = [Image.open(file).convert("RGB") for file in files] or [
+        simclr.demo_image(i)[0] for i in range(count)
+    ]
+    return [image.resize((500, 375) if side == 224 else (32, 32), Image.BICUBIC) for image in images]
+
+
+def simclr_pipeline(side, images, rounds):
+    from lightly.transforms import SimCLRTransform
+
+    strength, scale, blur = (
+        (1.0, 0.08, 0.5) if side == 224 else (0.5, 0.08, 0.0)
+    )  # the paper's, ImageNet and CIFAR
+    theirs = SimCLRTransform(input_size=side, cj_strength=strength, gaussian_blur=blur, min_scale=scale)
+    crop = simclr.random_crop(side, scale)
+    batch = torch.stack([crop(pil_to_tensor(image)) for image in images])
+    generator = torch.Generator().manual_seed(0)
+
+    def device_side():
+        numbers, order = simclr.draw_numbers((len(batch),), strength, blur, 0.0, generator)
+        simclr.augment(batch, numbers, order, side // 20 if blur else 0)
+
+    contestants = {
+        "ours, worker": lambda: [(crop(pixels), crop(pixels)) for pixels in map(pil_to_tensor, images)],
+        "ours, device (CPU)": lambda: (device_side(), device_side()),
+        "lightly": lambda: [theirs(image) for image in images],
+    }
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times = {name: 1e3 * t / (2 * len(images)) for name, t in medians(contestants, rounds).items()}
+    torch.set_num_threads(threads)
+    both = times["ours, worker"] + times["ours, device (CPU)"]
+    print(f"\nSimCLR pipeline at {side} px, ms of one core a view")
+    for name, value in times.items():
+        print(f"  {name:20} {value:7.3f}")
+    print(f"  worker / lightly {times['ours, worker'] / times['lightly']:.2f}, ", end="")
+    print(f"worker + device / lightly {both / times['lightly']:.2f}")
+
+
+def simclr_step(batch_size, rounds):
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules.heads import SimCLRProjectionHead
+
+    views = torch.randn(batch_size, 2, 3, 32, 32)
+
+    def stepper(params, loss_of, **options):
+        params = [p for p in params if p.requires_grad]
+        optimizer = torch.optim.SGD(params, 0.05, momentum=0.9, nesterov=True, weight_decay=1e-4, **options)
+
+        def step():
+            optimizer.zero_grad()
+            loss_of().backward()
+            optimizer.step()
+
+        return step
+
+    def ours():
+        model = simclr.SimCLR("resnet18").to(memory_format=torch.channels_last)
+
+        def loss_of():
+            z = model(views.flatten(0, 1).contiguous(memory_format=torch.channels_last)).unflatten(0, (-1, 2))
+            return simclr.nt_xent(z[:, 0], z[:, 1], 0.1)
+
+        return stepper(model.parameters(), loss_of, fused=True)  # as simclr.py does
+
+    def theirs(memory_format):
+        """As in lightly's SimCLR example: one pass for each view."""
+        backbone = torchvision.models.resnet18()
+        backbone.fc = nn.Identity()
+        model = nn.Sequential(backbone, SimCLRProjectionHead(512, 512, 128)).to(memory_format=memory_format)
+        criterion = NTXentLoss(temperature=0.1)
+
+        def loss_of():
+            z0, z1 = (model(views[:, i].contiguous(memory_format=memory_format)) for i in (0, 1))
+            return criterion(z0, z1)
+
+        return stepper(model.parameters(), loss_of)
+
+    contestants = {
+        "ours": ours(),
+        "lightly as shipped": theirs(torch.contiguous_format),
+        "lightly channels_last": theirs(torch.channels_last),
+    }
+    rates = {name: batch_size / t for name, t in medians(contestants, rounds).items()}
+    threads = torch.get_num_threads()
+    print(f"\nSimCLR step, ResNet-18, 32 px, batch {batch_size}, {threads} threads, images a second")
+    for name, rate in rates.items():
+        print(f"  {name:22} {rate:7.1f}   ours / this {rates['ours'] / rate:.2f}")
+
+
+def main(rounds: int = 9, data: str = "", batch_size: int = 256, count: int = 128):
+    """Compare with lightly; --data: a folder of photos (default: the built-in images), --count of them."""
+    warnings.filterwarnings("ignore")
+    torch.manual_seed(0)
+    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {rounds} rounds, medians")
+    for side in (224, 32):
+        simclr_pipeline(side, photos(data, side, count), rounds)
+    simclr_step(batch_size, rounds)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
