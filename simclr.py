@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.4", "torchvision>=0.19", "tyro", "tensorboard", "tqdm"]
+# dependencies = ["torch>=2.5", "torchvision>=0.20", "tyro", "tensorboard", "tqdm"]
 # ///
 """SimCLR: learn features by finding the other view of the same image among all images of the batch.
 
@@ -16,11 +16,11 @@ Paper:  torchrun --nproc-per-node 8 simclr.py --data imagenet/ --image-size 224 
             --epochs 100 --batch-size 4096 --optimizer lars --base-lr 0.3 --weight-decay 1e-6 \\
             --warmup-epochs 10 --min-scale 0.08 --blur 0.5 --workers 12
 
-Differs from the official TensorFlow code: torchvision's ResNets and PyTorch's initialisation (branches that
-start at zero learn slower on small images); ImageNet's mean and std are subtracted; one order of colour
-operations per batch, not per image; each image has its own blur, with reflected borders; the loss is the
-paper's mean, not twice that; an epoch drops its last incomplete batch. Several processes give the loss and
-gradient of one, but for BatchNorm: synchronised on GPUs (Sec. 2.2), each process's own on CPUs.
+Differs from the official TensorFlow code: torchvision's ResNets, PyTorch's initialisation (branches starting
+at zero learn slower on small images); ImageNet's mean and std; antialiased resizing; one order of colours a
+batch, not an image; one blur an image, reflected borders; the loss is the paper's mean, not twice that; an
+epoch, and so the schedule, drops its last incomplete batch. Several processes give the loss and gradient of
+one, but for BatchNorm: synchronised on GPUs (Sec. 2.2), each process's own on CPUs.
 """
 
 import hashlib
@@ -56,7 +56,7 @@ class Args:
     min_scale: float = 0.3  # smallest area of a crop as a share of the image (paper: 0.08)
     blur: float = 0.0  # probability of Gaussian blur (paper: 0.5, on CIFAR 0)
     solarize: float = 0.0  # probability of solarization (paper: none)
-    workers: int = 2  # processes that read images
+    workers: int = 2  # processes that read images, for each training process
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet18"  # encoder (paper: resnet50)
     stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3, stride 1, no max-pool; 10 x the work
     proj_layers: Literal[2, 3] = 2  # linear layers of the projector (v1: 2, v2: 3)
@@ -110,7 +110,7 @@ def shift_hue(images, turns):
     chroma = value - images.amin(dim=1, keepdim=True)
     sixths = torch.where(value == green, 2 * chroma + blue - red, 4 * chroma + red - green)
     sixths = torch.where(value == red, green - blue, sixths) / chroma.clamp(min=1e-8)
-    k = (images.new_tensor([5.0, 3.0, 1.0]).view(3, 1, 1) + sixths + 6 * turns) % 6
+    k = (torch.arange(5, 0, -2, device=images.device).view(3, 1, 1) + sixths + 6 * turns) % 6
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -142,7 +142,7 @@ def augment(images, numbers, order, blur_radius):
     if blur_radius:
         x = gaussian_blur(x, sigma, blur_radius)
     x = torch.where((solarize > 0) & (x >= 0.5), 1 - x, x)
-    return (x - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
+    return torch.stack([(x[:, c] - MEAN[c]) / STD[c] for c in range(3)], dim=1)
 
 
 # --- Model --------------------------------------------------------------------------------------------------
@@ -257,7 +257,8 @@ def collapse_metrics(features, center=False):
     """How much room features (B, D) take, of all processes together (all must call it). Uses gather.
     feature_std: sqrt(D) x mean std of rows of length 1; 1 isotropic, 0 all alike. spread: 1 - |mean row|^2.
     effective_rank: RankMe (arXiv 2210.02885), directions in use of min(rows, D); center departs, for h."""
-    z = gather(features.detach().float()).cpu().double()
+    z = gather(features.detach().float())
+    z = (z.cpu() if z.is_mps else z).double()
     unit = F.normalize(z, dim=1)
     std, spread = z.shape[1] ** 0.5 * unit.std(dim=0).mean(), 1 - unit.mean(dim=0).square().sum()
     centered = z - z.mean(dim=0) if center else z
@@ -284,7 +285,7 @@ def collapse_alarm(state, step, armed_after, problems):
     if step > armed_after:
         last = state["last"] = [*state.get("last", ()), any(problems.values())][-3:]
         if last == [True] * 3 and not state.get("rings"):
-            tqdm.write(f"COLLAPSE at step {step}: " + "; ".join(w for w in problems if problems[w]))
+            tqdm.write(f"COLLAPSE at step {step}: " + " | ".join(w for w in problems if problems[w]))
         state["rings"] = last == [True] * 3 or (state.get("rings", False) and last != [False] * 3)
     return float(state.get("rings", False))
 
@@ -319,11 +320,11 @@ def read_image(path, image_size, min_scale):
     """Any photo as upright 8-bit RGB. A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size if even then the
     smallest crop (min_scale of the area, aspect 3/4) has image_size pixels a side."""
     image = Image.open(path)
-    shrink = max(1, math.sqrt(0.75 * min_scale * image.width * image.height) / image_size)
+    shrink = max(1, min(*image.size, math.sqrt(0.75 * min_scale * math.prod(image.size))) / image_size)
     image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        image = image.point(lambda value: value / 257)  # 16 bits, which convert() would clip
+        image = image.convert("I").point(lambda value: value / 257)  # 16 bits, which convert() would clip
     return image.convert("RGB")
 
 
@@ -352,12 +353,12 @@ class Images(Dataset):
         self.found = f"{len(self.items)} images in {data}, {ignored} other files ignored"
 
     def __getitem__(self, key):
-        for index in range(key, key + 100):
+        for item in range(key, key + 100):
             try:
-                item = self.items[index % len(self.items)]
+                item = self.items[item % len(self.items)]
                 image = read_image(item, *self.reading) if isinstance(item, str) else item[0].convert("RGB")
                 torch.default_generator.manual_seed(hash((self.seed, 1, key)) % 2**32)
-                pixels = v2.functional.pil_to_tensor(image)  # resizes three times as fast as PIL, to the same
+                pixels = v2.functional.pil_to_tensor(image)  # resizes 3 x as fast as PIL, alike to 2 of 255
                 return [view(pixels) for view in self.views]
             except Exception as error:  # whatever a decoder raises
                 warnings.warn(f"{item} cannot be read, the next one takes its place: {error}", stacklevel=2)
@@ -374,12 +375,12 @@ class Images(Dataset):
             skip = 0
 
 
-def check_flags(args, may_be_zero, at_most_one):
-    """SystemExit unless all numbers are above 0, or 0 if in may_be_zero, at most 1 if in at_most_one."""
+def check_flags(args, may_be_zero, **at_most):
+    """SystemExit unless all numbers are above 0, or 0 if in may_be_zero, and at most at_most[name]."""
     for name, value in asdict(args).items():
-        least, most = 0 if name in may_be_zero else 1e-12, 1 if name in at_most_one else math.inf
+        least, most = 0 if name in may_be_zero else 1e-12, at_most.get(name, math.inf)
         if type(value) in (int, float) and not least <= value <= most:
-            allowed = ("above 0" if least else "0 or more") + (", at most 1" if most == 1 else "")
+            allowed = ("above 0" if least else "0 or more") + (f", at most {most}" if name in at_most else "")
             raise SystemExit(f"--{name.replace('_', '-')} {value}: must be {allowed}")
 
 
@@ -421,7 +422,7 @@ def load_checkpoint(path, method):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # of zip, pickle or the disk
         state = {}
-    if state.get("method") != method:
+    if not isinstance(state, dict) or state.get("method") != method:
         raise SystemExit(f"{path} is damaged, or not of {method}: use another --run-dir, or --restart")
     return state
 
@@ -439,9 +440,11 @@ def open_run(args, method, rank):
     mark = "-" + hashlib.sha1(json.dumps(changed).encode()).hexdigest()[:8] if changed else ""
     folder = Path(args.run_dir or f"runs/{method}{mark}")
     record, path = folder / "args.json", folder / "checkpoint.pt"
+    if folder.is_file():
+        raise SystemExit(f"--run-dir {folder}: is a file, must be a folder")
     if record.exists() and not args.restart:
         held = json.loads(record.read_text())
-        other = ", ".join(f"--{k} {held.get(k)}" for k in flags if held.get(k) != flags[k])
+        other = ", ".join(f"--{k.replace('_', '-')} {held.get(k)}" for k in flags if held.get(k) != flags[k])
         if other:
             raise SystemExit(f"{folder} holds a run with {other}: use another --run-dir, or --restart")
     checkpoint = load_checkpoint(path, method) if path.exists() and not args.restart else {}
@@ -452,7 +455,7 @@ def open_run(args, method, rank):
         Path(f"{record}.tmp").write_text(json.dumps(flags | asdict(args), indent=1))
         os.replace(f"{record}.tmp", record)
         with open(folder / "metrics.jsonl", "a") as log:
-            log.truncate(checkpoint.get("log_length", 0))  # what came after is done again
+            log.truncate(min(log.tell(), checkpoint.get("logged", 0)))  # what came after is done again
     return folder, checkpoint
 
 
@@ -460,12 +463,12 @@ def open_run(args, method, rank):
 def train(args: Args) -> dict:
     """Pretrain in the run folder, from its checkpoint if it has one; returns the metrics of the last step."""
     may_be_zero = "micro_batch_size workers jitter_strength blur solarize weight_decay warmup_epochs seed"
-    check_flags(args, may_be_zero.split(), at_most_one=("min_scale", "blur", "solarize"))
+    check_flags(args, may_be_zero.split(), min_scale=1, blur=1, solarize=1, warmup_epochs=args.epochs)
     rank, world, device, amp = start_processes(args.device, args.amp)
     crop = random_crop(args.image_size, args.min_scale)
     data = Images(args.data, (crop, crop), args.seed, args.image_size, args.min_scale, rank)
     if args.batch_size > len(data.items) or args.batch_size % world:
-        raise SystemExit(f"--batch-size {args.batch_size}: above {data.found}, or no multiple of {world}")
+        raise SystemExit(f"--batch-size {args.batch_size}: must divide by {world}, at most {data.found}")
     per_epoch = len(data.items) // args.batch_size
     total, warmup = args.epochs * per_epoch, round(args.warmup_epochs * per_epoch)
     peak_lr = args.base_lr * (args.batch_size / 256 if args.lr_scaling == "linear" else args.batch_size**0.5)
@@ -479,12 +482,12 @@ def train(args: Args) -> dict:
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay}]
     groups += [{"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
     optimizer = LARS(groups, peak_lr)
-    if args.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, peak_lr, momentum=0.9, nesterov=True, fused=device.type != "mps")
+    if args.optimizer == "sgd":  # fused leaves its first buffer unset where float16 overflows
+        optimizer = torch.optim.SGD(groups, peak_lr, momentum=0.9, nesterov=True, fused=amp != torch.float16)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     moving = {"model": model, "optimizer": optimizer, "scaler": scaler}
     step, metrics, alarm = (checkpoint.get(*pair) for pair in (("step", 0), ("metrics", {}), ("alarm", {})))
-    for name in moving if checkpoint else ():
+    for name in (part for part in moving if checkpoint.get(part)):
         moving[name].load_state_dict(checkpoint[name])
     if args.compile:
         model.compile()
@@ -498,8 +501,7 @@ def train(args: Args) -> dict:
         print(f"{data.found}. Run folder {run}, step {step} of {total}")
         print(f"{args.arch}, {amp or torch.float32}, {world} x {device}, effective learning rate {peak_lr:g}")
 
-    def embed(chunk):
-        """Views (b, 2, C, H, W) and numbers (b, 2, 7) -> z (b, 2, D), h (2b, D)."""
+    def embed(chunk):  # views (b, 2, C, H, W), numbers (b, 2, 7) -> z (b, 2, D), h (2b, D)
         views, numbers = chunk
         images = augment(views.flatten(0, 1), numbers.flatten(0, 1), order, blur_radius)
         with torch.autocast(device.type, amp, enabled=amp is not None):
@@ -514,10 +516,9 @@ def train(args: Args) -> dict:
     try:
         for crops in loader:
             waited += time.perf_counter() - asked
-            lr = cosine_schedule(step, total, warmup, peak_lr)
             for group in optimizer.param_groups:
-                group["lr"] = lr
-            views = torch.stack(crops, dim=1).to(device, non_blocking=True)  # (B, 2, C, H, W) uint8
+                group["lr"] = cosine_schedule(step, total, warmup, peak_lr)
+            views = torch.stack([crop.to(device, non_blocking=True) for crop in crops], dim=1)
             generator = torch.Generator().manual_seed(hash((args.seed, 3, step)) % 2**32)
             drawn = (args.batch_size, 2), args.jitter_strength, args.blur, args.solarize  # for all processes
             numbers, order = draw_numbers(*drawn, generator)
@@ -550,7 +551,7 @@ def train(args: Args) -> dict:
             if logs:
                 logits, positive = contrastive_logits(z[:, 0].detach(), z[:, 1].detach(), args.temperature)
                 values = torch.stack([loss.detach(), *contrastive_metrics(logits, positive)])
-                loss_mean, accuracy, gap = gather(values[None]).mean(dim=0).tolist()
+                mean, accuracy, gap = gather(values[None]).mean(dim=0).tolist()
                 projection, feature = collapse_metrics(z.flatten(0, 1)), collapse_metrics(h, center=True)
                 candidates, rank_z = logits.shape[1] - 1, projection["effective_rank"]
                 first_rank = alarm.setdefault("first_rank", rank_z)
@@ -562,7 +563,7 @@ def train(args: Args) -> dict:
                     "positives are found by chance; lower --base-lr, raise --temperature": chance,
                 }
                 now, armed_after = time.perf_counter(), max(min(500, 0.2 * total), warmup)
-                metrics = {"train/loss": loss_mean, "train/lr": lr, "train/grad_norm": grad_norm.item()}
+                metrics = {"train/loss": mean, "train/lr": group["lr"], "train/grad_norm": grad_norm.item()}
                 metrics |= {"simclr/contrastive_accuracy": accuracy, "simclr/gap": gap}
                 metrics |= {f"monitor/{k}": v for k, v in feature.items()}
                 metrics |= {f"monitor/projection_{k.split('_')[-1]}": v for k, v in projection.items()}
@@ -576,13 +577,12 @@ def train(args: Args) -> dict:
                     line = {"step": step, "epoch": (step - 1) // per_epoch} | metrics
                     with open(run / "metrics.jsonl", "a") as log:
                         log.write(json.dumps(line) + "\n")
-                    bar.set_postfix_str(f"loss {loss_mean:.3f} accuracy {accuracy:.3f} rank {rank_z:.0f}")
+                    bar.set_postfix_str(f"loss {mean:.3f} accuracy {accuracy:.3f} rank {rank_z:.0f}")
             if saves and rank == 0:
                 export_backbone(run, "simclr", args, h.shape[1], model.backbone.state_dict(), stem=args.stem)
                 state = {name: part.state_dict() for name, part in moving.items()}
                 state |= {"method": "simclr", "step": step, "metrics": metrics, "alarm": alarm}
-                state["log_length"] = (run / "metrics.jsonl").stat().st_size
-                save_checkpoint(run / "checkpoint.pt", **state)
+                save_checkpoint(run / "checkpoint.pt", **state, logged=os.path.getsize(run / "metrics.jsonl"))
             asked = time.perf_counter()
     except (KeyboardInterrupt, OSError) as error:  # a worker's error comes behind its traceback
         reason = (str(error) or "interrupted").splitlines()[-1]

@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
 
 
 def tiny_flags(script, **flags):
-    """Flags of a run of 20 steps (4 batches of 8 in an epoch of 40 images, 5 epochs)."""
+    """Flags of a run of 20 steps on `folder`: 4 epochs of 5 batches of 8 images."""
     flags = (
         {"image_size": 32, "epochs": 4, "batch_size": 8, "workers": 0, "log_every": 1}
         | TINY.get(script, {})

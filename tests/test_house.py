@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tomllib
 from conftest import ROOT, SCRIPTS, TRAINING, run
 
 SECTIONS = ["Args", "Augmentation", "Model", "Loss", "Optimiser", "Monitor", "Plumbing", "Training"]
@@ -128,6 +127,7 @@ def test_ruff():
 @every_script
 def test_inline_metadata(path):
     block = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", path.read_text())
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
     metadata = tomllib.loads(re.sub(r"^# ?", "", block[1], flags=re.M))
     assert metadata["requires-python"] == ">=3.10"
     named = {re.match(r"\w+", dependency)[0] for dependency in metadata["dependencies"]}

@@ -1,5 +1,6 @@
 """simclr.py against its fact sheet's oracles, slow versions written here, torchvision and lightly."""
 
+import json
 import math
 import re
 
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import tyro
-from conftest import run_processes
+from conftest import run_processes, tiny_args
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import functional as TF
@@ -198,6 +199,41 @@ assert abs(accuracy - one) < 1e-6
     )
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_training_is_the_same_in_chunks_and_in_processes(tmp_path, optimizer):
+    """train() itself, with a network without BatchNorm: 1 process = chunks = 2 processes = 2 in chunks."""
+    code = f"""
+import sys, torch, simclr
+from torch import nn
+class Scale(nn.BatchNorm1d):
+    def forward(self, x):
+        return x * self.weight + self.bias
+def small(arch, stem):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 32), nn.Tanh()), 32
+simclr.resnet, simclr.nn.BatchNorm1d = small, Scale
+args = simclr.Args(
+    data="photos", image_size=16, batch_size=24, epochs=1, warmup_epochs=0.01, workers=0, log_every=1,
+    blur=0.5, solarize=0.3, proj_layers=3, optimizer={optimizer!r}, lr_scaling="sqrt", base_lr=0.02,
+    micro_batch_size=MICRO, run_dir="RUN",
+)
+simclr.train(args)
+"""
+    (tmp_path / "photos").mkdir()
+    for i in range(144):
+        simclr.demo_image(i)[0].save(tmp_path / "photos" / f"{i:03d}.png")
+    curves = {}
+    for n, micro in ((1, 0), (1, 5), (2, 0), (2, 5)):
+        name = f"run{n}{micro}"
+        run_processes(tmp_path, code.replace("MICRO", str(micro)).replace("RUN", name), n)
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        curves[name] = lines
+        assert len(lines) == 6
+        for line, first in zip(lines, curves["run10"], strict=True):
+            for tag in ("train/loss", "train/lr", "simclr/contrastive_accuracy", "monitor/projection_rank"):
+                assert line[tag] == pytest.approx(first[tag], rel=2e-5), (name, tag)
+    assert lines[0]["train/loss"] != pytest.approx(lines[-1]["train/loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (DOUBLE, 1e-12)])
 def test_gradient_in_chunks_is_that_of_the_batch(dtype, tolerance):
     torch.manual_seed(0)
@@ -272,6 +308,19 @@ def test_schedule():
     assert rate(1000) == pytest.approx(1.535018, abs=1e-6)
     assert rate((total + warmup) / 2) == pytest.approx(2.4)
     assert simclr.cosine_schedule(10, 10, 0, 1.0, final=0.25) == 0.25
+    assert simclr.cosine_schedule(976, 97657, 976, 1.0 * 512 / 256) == 2.0  # the CIFAR recipe
+
+
+@pytest.mark.parametrize("scaling, peak", [("linear", 0.3 * 8 / 256), ("sqrt", 0.3 * 8**0.5)])
+def test_learning_rates_of_a_run(folder, tmp_path, scaling, peak):
+    args = tiny_args(
+        "simclr", data=str(folder), base_lr=0.3, lr_scaling=scaling, run_dir=str(tmp_path), warmup_epochs=1.4
+    )
+    simclr.train(args)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train/lr"] for line in lines] == [
+        simclr.cosine_schedule(step, 20, 7, peak) for step in range(20)
+    ]
 
 
 # Model
@@ -398,6 +447,19 @@ def test_drawn_numbers_have_the_paper_s_distribution():
     assert torch.equal(numbers, again) and not torch.equal(numbers, draw(1, 0.5, 0.5, 0.2)[0])
     off, _ = draw(0, 0.0, 0.0, 0.0)
     assert (off[..., [0, 1, 2, 3, 5, 6]] == torch.tensor([1.0, 1, 1, 0, 0, 0])).all()
+
+
+def test_crop_of_a_tensor_is_that_of_the_image():
+    """torchvision's crop of uint8 tensors resizes like PIL, to 2 of 255."""
+    photo = simclr.demo_image(0)[0].resize((300, 200))
+    crop = simclr.random_crop(64, 0.08)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        ours = crop(TF.pil_to_tensor(photo))
+        torch.manual_seed(seed)
+        expected = TF.pil_to_tensor(crop(photo))
+        assert ours.shape == (3, 64, 64) and ours.dtype == torch.uint8
+        assert (ours.int() - expected.int()).abs().max() <= 2
 
 
 # The paper's command
