@@ -65,13 +65,13 @@ class Args:
     negatives: bool = True  # without, only attraction is left and z collapses to a few directions: watch it
     epochs: int = 12  # passes over the data (paper: 100 to 1000)
     batch_size: int = 256  # images per step, of all processes together (paper: 4096)
-    micro_batch_size: int = 0  # images per pass and process, 0: all. Same gradient, but BatchNorm sees chunks
+    micro_batch_size: int = 0  # images per pass and process, 0: all; same gradient, but BatchNorm sees chunks
     optimizer: Literal["sgd", "lars"] = "sgd"  # sgd: Nesterov; momentum 0.9 in both (paper: lars)
-    base_lr: float = 0.05  # times batch / 256, or sqrt(batch) (paper: 0.3, or 0.075 with sqrt)
-    lr_scaling: Literal["linear", "sqrt"] = "linear"  # sqrt suits small batches and short runs (App. B.1)
+    base_lr: float = 0.025  # times batch / 256 is the learning rate (paper: 0.3)
+    lr_scaling: Literal["linear", "sqrt"] = "linear"  # sqrt: times sqrt(batch), suits small ones (App. B.1)
     weight_decay: float = 1e-4  # not on biases and norms (paper: 1e-6)
     warmup_epochs: float = 1.0  # linear from 0 (paper: 10)
-    seed: int = 0  # of initialisation, order, crops and colours
+    seed: int = 0  # of all random numbers
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on cuda, off elsewhere
     compile: bool = False  # torch.compile the model

@@ -30,12 +30,15 @@ def definitions(path):
 
 
 def args_fields(path):
-    """{name: (type, help)} of the fields of Args; the help is the comment at the end of the field's line."""
+    """{name: (type, help)} of the fields of Args; the help is the comment at the end of the field's line.
+
+    A closing "(paper: ...)" is left out: it differs between methods (DESIGN 3), the rest may not (DESIGN 2).
+    """
     lines = path.read_text().splitlines()
     fields = [node for node in definitions(path)["Args"].body if isinstance(node, ast.AnnAssign)]
-    return {
-        f.target.id: (ast.unparse(f.annotation), lines[f.end_lineno - 1].partition("  # ")[2]) for f in fields
-    }
+    comments = [lines[field.end_lineno - 1].partition("  # ")[2] for field in fields]
+    helps = [re.sub(r" \(paper: .*\)$", "", comment) for comment in comments]
+    return {f.target.id: (ast.unparse(f.annotation), help) for f, help in zip(fields, helps, strict=True)}
 
 
 def test_there_are_scripts():
