@@ -3,6 +3,8 @@ BIN := .venv/bin
 
 demo: .venv/run
 	$(BIN)/python simclr.py
+	$(BIN)/python eval_linear.py --backbone random:runs/simclr/backbone.pt --mode logreg
+	$(BIN)/python eval_linear.py --backbone runs/simclr/backbone.pt --mode logreg
 
 test: .venv/dev lint
 	$(BIN)/python -m pytest -m "not slow"

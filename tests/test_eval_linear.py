@@ -1,0 +1,290 @@
+"""eval_linear.py: the oracles of methods/evaluation.md, slow versions, scikit-learn, and 47 labels."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import run_processes
+
+import eval_linear
+import simclr
+from eval_linear import Args, accuracy, evaluate, fit_logreg, knn, linear_probe, load_backbone, logreg
+
+DOUBLE = torch.float64
+
+
+def clusters(n, dim=8, classes=3, noise=0.3, seed=0):
+    """Features of well separated classes: known features of known accuracy."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % classes
+    return torch.eye(dim)[labels] * 3 + noise * torch.randn(n, dim, generator=generator), labels
+
+
+@pytest.fixture
+def backbone_file(tmp_path):
+    """An untrained ResNet-18 in a run folder."""
+    torch.manual_seed(0)
+    net, width = simclr.resnet("resnet18", "imagenet")
+    args = simclr.Args(image_size=32)
+    (tmp_path / "run").mkdir()
+    simclr.export_backbone(tmp_path / "run", "simclr", args, width, net.state_dict(), stem="imagenet")
+    return tmp_path / "run/backbone.pt"
+
+
+# k-NN: oracle 5
+
+
+def test_knn_votes_with_the_temperature():
+    bank = torch.tensor([[0.9, (1 - 0.81) ** 0.5], [0.8, 0.6], [0.79, (1 - 0.79**2) ** 0.5]])
+    labels, query = torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.0]])
+    cold, warm = knn(bank, labels, query, 3, 2, 0.07)[0], knn(bank, labels, query, 3, 2, 1.0)[0]
+    assert cold.argmax() == 0 and (cold[0] / cold[1]).item() == pytest.approx(2.235, abs=2e-3)
+    assert warm.argmax() == 1 and (warm[0] / warm[1]).item() == pytest.approx(0.555, abs=1e-3)
+
+
+def test_knn_is_brute_force_and_scikit_learn():
+    from sklearn.neighbors import KNeighborsClassifier
+
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(200, 16, generator=generator), torch.randn(60, 16, generator=generator)
+    labels = torch.randint(0, 5, (200,), generator=generator)
+    scores = knn(bank, labels, queries, 20, 5)
+    for query, row in zip(queries, scores, strict=True):
+        cosines = zip(torch.cosine_similarity(query[None], bank).tolist(), labels.tolist(), strict=True)
+        votes = torch.zeros(5, dtype=DOUBLE)
+        for cosine, label in sorted(cosines, reverse=True)[:20]:
+            votes[label] += torch.tensor(cosine / 0.07, dtype=DOUBLE).exp()
+        torch.testing.assert_close(row.double() / row.sum(), votes / votes.sum(), atol=1e-5, rtol=0)
+    theirs = KNeighborsClassifier(
+        20, metric="cosine", weights=lambda d: torch.exp((1 - torch.tensor(d)) / 0.07).numpy()
+    )
+    theirs.fit(bank.numpy(), labels.numpy())
+    assert (theirs.predict(queries.numpy()) == scores.argmax(1).numpy()).all()
+    for memory in (1, 4 * 200 * 7, 2**28):
+        torch.testing.assert_close(knn(bank, labels, queries, 20, 5, memory=memory), scores)
+    assert accuracy(knn(bank, labels, bank, 1, 5), labels)["top1"] == 100
+    assert torch.isfinite(knn(bank, labels, 1e3 * queries, 500, 5)).all()  # more neighbours than rows
+
+
+# Logistic regression: oracle 8
+
+
+def test_logreg_of_two_points():
+    x, y = torch.tensor([[1.0], [-1.0]], dtype=DOUBLE), torch.tensor([1, 0])
+    weight, bias = fit_logreg(x, y, 0.1, 2)
+    torch.testing.assert_close(weight, torch.tensor([[-1.064017, 1.064017]], dtype=DOUBLE), atol=1e-5, rtol=0)
+    loss = torch.nn.functional.cross_entropy(x @ weight + bias, y).item()
+    assert loss == pytest.approx(0.112499, abs=1e-5) and bias.abs().max() < 1e-6
+    assert loss + 0.05 * weight.square().sum().item() == pytest.approx(0.225712, abs=1e-5)
+
+
+def test_logreg_is_scikit_learn_s_optimum():
+    from sklearn.linear_model import LogisticRegression
+
+    features, labels = clusters(120, noise=2.0)
+    for penalty in (1e-3, 1e-1):
+        weight, bias = fit_logreg(features, labels, penalty, 3)
+        theirs = LogisticRegression(C=1 / (120 * penalty), tol=1e-10, max_iter=10000).fit(
+            features.double(), labels
+        )
+        torch.testing.assert_close(weight.T, torch.tensor(theirs.coef_), atol=1e-3, rtol=1e-3)
+        ours = torch.softmax(features.double() @ weight + bias, dim=1)
+        torch.testing.assert_close(
+            ours, torch.tensor(theirs.predict_proba(features.double())), atol=1e-4, rtol=0
+        )
+
+
+def test_logreg_picks_a_penalty_for_noisy_features():
+    features, labels = clusters(60, dim=200, noise=3.0)
+    *_, chosen = logreg(features, labels, 3)
+    assert chosen["penalty"] >= 0.01
+    features, labels = clusters(300)
+    weight, bias, _ = logreg(features, labels, 3)
+    assert accuracy(features.double() @ weight + bias, labels)["top1"] == 100
+
+
+# Linear probe
+
+
+def test_linear_probe_is_sgd_and_picks_its_rate():
+    """One rate of the grid against torch.optim.SGD on the same batches."""
+    features, labels = clusters(300, noise=1.0)
+    weight, bias, chosen = linear_probe(lambda epoch: features, labels, 3, epochs=5, batch_size=64, seed=3)
+    held = eval_linear.stratified_folds(labels, 10, 3) == 0
+    train = (~held).nonzero()[:, 0]
+    layer = torch.nn.Linear(8, 3)
+    torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    peak = chosen["base_lr"] * 64 / 256
+    optimizer = torch.optim.SGD(layer.parameters(), peak, momentum=0.9, nesterov=True)
+    generator, step, losses = torch.Generator().manual_seed(3), 0, []
+    for _ in range(5):
+        for batch in train[torch.randperm(len(train), generator=generator)].chunk(len(train) // 64):
+            optimizer.param_groups[0]["lr"] = simclr.cosine_schedule(step, 5 * (len(train) // 64), 0, peak)
+            loss = torch.nn.functional.cross_entropy(layer(features[batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            step += 1
+    assert losses[0] == pytest.approx(torch.tensor(3.0).log().item(), abs=1e-6)  # oracle 1: ln C
+    torch.testing.assert_close(weight, layer.weight.detach().T, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(bias, layer.bias.detach(), atol=1e-4, rtol=1e-4)
+    assert accuracy(features @ weight + bias, labels)["top1"] > 90
+
+
+# Counting: oracles 6 and 7, and labels
+
+
+def test_accuracy_counts():
+    labels = torch.tensor([0] * 9 + [1])
+    result = accuracy(torch.tensor([[1.0, 0.0]]).repeat(10, 1), labels)
+    assert result == {"top1": 90.0, "top5": 100.0, "mean_per_class": 50.0, "n": 10}
+    scores = torch.arange(10.0).repeat(10, 1)
+    result = accuracy(scores, torch.arange(10))
+    assert (result["top1"], result["top5"], result["n"]) == (10.0, 50.0, 10)
+
+
+def test_features_in_two_processes_count_every_image_once(tmp_path, backbone_file):
+    run_processes(
+        tmp_path,
+        f"""
+import torch, torch.distributed as dist, eval_linear
+backbone = eval_linear.load_backbone({str(backbone_file)!r})
+pictures = eval_linear.Pictures(list(range(11)), 32)
+alone = eval_linear.extract_features(backbone, pictures, 4)
+dist.init_process_group("gloo")
+both = eval_linear.extract_features(backbone, pictures, 4)
+assert both.shape == (11, 512) and (both - alone).abs().max() < 1e-5 and alone.norm(dim=1).min() > 0.1
+dist.destroy_process_group()
+""",
+    )
+
+
+def test_subsets_and_folds_are_stratified():
+    labels = torch.arange(1000) % 10
+    chosen = eval_linear.stratified_subset(labels, 47, 0)
+    counts = labels[chosen].bincount(minlength=10)
+    assert len(chosen.unique()) == 47 and sorted(counts.tolist()) == [4] * 3 + [5] * 7
+    assert not torch.equal(chosen, eval_linear.stratified_subset(labels, 47, 1))
+    fold = eval_linear.stratified_folds(labels[chosen], 5, 0)
+    assert max(fold.bincount()) - min(fold.bincount()) <= 1
+    assert all(max(fold[labels[chosen] == c].bincount(minlength=5)) == 1 for c in range(10))
+
+
+# Backbones
+
+
+def test_backbone_is_frozen_and_random_is_another(backbone_file):
+    backbone = load_backbone(str(backbone_file))
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    mark = eval_linear.fingerprint(backbone)
+    eval_linear.extract_features(backbone.train(), eval_linear.Pictures(list(range(20)), 32))
+    assert all(torch.equal(before[name], tensor) for name, tensor in backbone.state_dict().items())
+    assert eval_linear.fingerprint(backbone) == mark
+    backbone.train()(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))  # moves BatchNorm's buffers
+    assert eval_linear.fingerprint(backbone) != mark
+    marks = {eval_linear.fingerprint(load_backbone(f"random:{backbone_file}", seed)) for seed in (0, 1)}
+    assert len(marks | {mark}) >= 2
+    pixels = load_backbone("pixels", side=8)
+    assert pixels(torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)).shape == (2, 192)
+
+
+# The user's story, and what goes wrong
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([["path", "label"], *rows])
+
+
+def test_47_labels_for_a_flat_folder(photos, tmp_path, backbone_file, monkeypatch):
+    """A flat copy of 400 photos, 47 labels in a csv, logreg in 5 folds, then predictions for all of them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flat").mkdir()
+    truth = {}
+    for name in ("airplane", "frog"):
+        for file in sorted((photos / "train" / name).iterdir())[:200]:
+            shutil.copy(file, tmp_path / "flat" / f"{name[0]}{file.name}")
+            truth[f"{name[0]}{file.name}"] = name
+    rows = sorted(truth.items(), key=lambda row: row[0][1:])[:47]
+    write_csv("labels.csv", rows)
+    options = {"backbone": str(backbone_file), "data": "flat", "workers": 0}
+    result = evaluate(Args(mode="logreg", labels_csv="labels.csv", **options))
+    assert (
+        result["top1"] > 65 and len(result["results"]) == 5 and sum(r["n"] for r in result["results"]) == 47
+    )
+    evaluate(Args(mode="predict", **options))
+    with open(backbone_file.parent / "predictions.csv", newline="") as file:
+        predictions = list(csv.DictReader(file))
+    held_back = [row for row in predictions if row["path"] not in dict(rows)]
+    assert len(predictions) == 400 and len(held_back) == 353
+    assert sum(row["class"] == truth[row["path"]] for row in held_back) / 353 > 0.65
+    assert all(0.5 <= float(row["probability"]) <= 1 for row in predictions)
+
+
+@pytest.mark.parametrize("mode", ["knn", "logreg", "linear", "features", "finetune"])
+def test_every_mode_on_class_folders(photos, tmp_path, backbone_file, mode, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for split, count in (("train", 30), ("val", 10)):
+        for name in ("airplane", "frog"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for file in sorted((photos / split / name).iterdir())[:count]:
+                shutil.copy(file, tmp_path / "data" / split / name)
+    options = {
+        "backbone": str(backbone_file),
+        "data": "data",
+        "mode": mode,
+        "workers": 0,
+        "epochs": 3,
+        "k": (5,),
+    }
+    result = evaluate(Args(**options, seeds=2, labels=40, batch_size=16))
+    if mode == "features":
+        features = torch.load(backbone_file.parent / "features.pt")["features"]
+        assert features.shape == (80, 512)
+        return
+    assert result["n"] == 20 and result["labels"] == 40 and result["top1"] >= 50 and result["top5"] == 100
+    written = json.loads((backbone_file.parent / f"eval-{mode}.json").read_text())
+    keys = {"mode", "top1", "top5", "mean_per_class", "n", "feature", "labels", "seeds", "backbone"}
+    assert keys < set(written) and written["top1"] == result["top1"]
+    if mode != "knn":
+        monkeypatch.chdir(backbone_file.parent)
+        evaluate(Args(backbone="backbone.pt", data="../data", mode="predict", workers=0))
+        assert len((backbone_file.parent / "predictions.csv").read_text().splitlines()) == 81
+
+
+def refused(match, **options):
+    with pytest.raises(SystemExit, match=match) as stop:
+        evaluate(Args(workers=0, **options))
+    assert "\n" not in str(stop.value)
+
+
+def test_bad_input(tmp_path, backbone_file, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flat").mkdir()
+    for i in range(8):
+        simclr.demo_image(i)[0].save(tmp_path / "flat" / f"{i}.png")
+    good = {"backbone": str(backbone_file), "data": "flat"}
+    write_csv("missing.csv", [("0.png", "a"), ("nine.png", "b")])
+    refused("missing.csv: names 1 missing files, first flat/nine.png", **good, labels_csv="missing.csv")
+    write_csv("one.csv", [("0.png", "a"), ("1.png", "a")])
+    refused("one.csv: has 1 classes", **good, labels_csv="one.csv")
+    write_csv("few.csv", [(f"{i}.png", f"class{i}") for i in range(5)])
+    refused("4 labels for 5 classes", **good, labels_csv="few.csv", mode="knn")
+    refused("nowhere.csv: No such file", **good, labels_csv="nowhere.csv")
+    refused("needs a folder for each of 2 or more classes, or give --labels-csv", **good)
+    refused("no folder, no download", backbone=str(backbone_file), data="nowhere")
+    refused("no such file; train one", backbone="nothing.pt")
+    (tmp_path / "bad.pt").write_text("no weights")
+    refused("bad.pt: cannot be loaded", backbone="bad.pt")
+    refused("head.pt: missing or damaged", **good, mode="predict")
+    refused("--label-fraction 2.0: must be above 0, at most 1", **good, label_fraction=2.0)
+    refused("--labels 9999: there are only 4096", backbone="pixels", labels=9999, mode="knn")
+    write_csv("two.csv", [(f"{i}.png", "ab"[i % 2]) for i in range(8)])
+    evaluate(Args(**good, labels_csv="two.csv", mode="logreg", workers=0))
+    refused(
+        "was trained on another backbone", backbone="pixels", data="flat", mode="predict", head="run/head.pt"
+    )
