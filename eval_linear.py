@@ -62,8 +62,20 @@ class Args:
     batch_size: int = 256  # images per step, of all processes together
     base_lr: float = 0.05  # times batch / 256 is the learning rate (paper: 0.05 for SimCLR's finetune)
     weight_decay: float = 0.0  # not on biases and norms (paper: 0)
+    probe_norm: bool = False  # linear: BatchNorm without weights before the layer (MAE's probe, eps 1e-6)
     augment: bool = False  # linear: crops and flips anew in each epoch, not one cached feature an image
     min_scale: float = 0.08  # smallest area of a crop as a share of the image (paper: 0.08)
+    tuner: Literal["sgd", "adamw"] = (
+        "sgd"  # optimiser of finetune: Nesterov 0.9 (SimCLR), or AdamW (MAE, BEiT)
+    )
+    warmup_epochs: float = 0.0  # linear from 0 (paper: 0 for SimCLR, 5 for MAE)
+    layer_decay: float = (
+        1.0  # finetune: each layer's learning rate is this share of the next one's (MAE: 0.65)
+    )
+    label_smoothing: float = 0.0  # finetune (MAE: 0.1)
+    mixup: float = 0.0  # finetune: alpha of mixup, half of the batches if cutmix is on too (MAE: 0.8)
+    cutmix: float = 0.0  # finetune: alpha of cutmix (MAE: 1.0)
+    rand_augment: bool = False  # finetune: torchvision's RandAugment after crop and flip
     workers: int = 2  # processes that read images, for each training process
     seed: int = 0  # of all random numbers
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
@@ -319,10 +331,13 @@ def logreg(features, labels, classes, seed=0):
     return *fit_logreg(features, labels, best, classes), {"penalty": best}
 
 
-def linear_probe(features_of, labels, classes, epochs=100, batch_size=256, weight_decay=0.0, seed=0):
+def linear_probe(
+    features_of, labels, classes, epochs=100, batch_size=256, weight_decay=0.0, seed=0, norm=False
+):
     """SGD with Nesterov momentum and a cosine on one linear layer, for a grid of learning rates in one pass.
 
     features_of(epoch) -> (n, D). A tenth of the labels, stratified, picks the rate and is not trained on.
+    norm: features pass BatchNorm without weights, which becomes part of the layer returned.
     Returns weight (D, C), bias (C,) of the last epoch and what was chosen.
     """
     held = stratified_folds(labels, 10, seed) == 0
@@ -331,6 +346,7 @@ def linear_probe(features_of, labels, classes, epochs=100, batch_size=256, weigh
     features = features_of(0)
     params = [torch.zeros(len(rates), features.shape[1], classes), torch.zeros(len(rates), 1, classes)]
     buffers = [torch.zeros_like(p) for p in params]
+    batch_norm = nn.BatchNorm1d(features.shape[1], eps=1e-6, affine=False) if norm else None
     generator = torch.Generator().manual_seed(seed)
     steps = max(1, len(train) // batch_size)
     for epoch in tqdm(range(epochs), desc="linear", leave=False):
@@ -339,31 +355,70 @@ def linear_probe(features_of, labels, classes, epochs=100, batch_size=256, weigh
         for i, batch in enumerate(order.chunk(steps)):
             lr = rates[:, None, None] * cosine_schedule(epoch * steps + i, epochs * steps, 0, 1.0)
             x, y = features[batch], F.one_hot(labels[batch], classes)
+            x = batch_norm(x) if norm else x
             error = (torch.softmax(x @ params[0] + params[1], dim=2) - y) / len(batch)  # (rates, B, C)
             grads = [x.T @ error + weight_decay * params[0], error.sum(dim=1, keepdim=True)]
             for p, v, g in zip(params, buffers, grads, strict=True):
                 v.mul_(0.9).add_(g)
                 p.sub_(lr * (g + 0.9 * v))
-    right = ((features_of(0)[held] @ params[0] + params[1]).argmax(dim=2) == labels[held]).sum(dim=1)
+    weights, biases = params
+    if norm:  # W (x - mean) / std + b is a linear layer again
+        scale = (batch_norm.running_var + batch_norm.eps).rsqrt()
+        weights = weights * scale[:, None]
+        biases = biases - (batch_norm.running_mean @ weights)[:, None]
+    right = ((features_of(0)[held] @ weights + biases).argmax(dim=2) == labels[held]).sum(dim=1)
     best = right.argmax().item()
-    return params[0][best], params[1][best, 0], {"base_lr": rates[best].item() * 256 / batch_size}
+    return weights[best], biases[best, 0], {"base_lr": rates[best].item() * 256 / batch_size}
 
 
 # --- Fine-tuning --------------------------------------------------------------------------------------------
+def layer_id(name, depth):
+    """0 for the input layers, i for the i-th of `depth` blocks or stages, depth + 1 for what comes after.
+
+    Names of timm's ViTs (blocks.0 is block 1) and of torchvision's ResNets (layer1 is stage 1).
+    """
+    if name.split(".")[0] in ("cls_token", "mask_token", "pos_embed", "patch_embed", "conv1", "bn1"):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return int(name[5]) if name.startswith("layer") else depth + 1
+
+
+def layer_groups(net, head, weight_decay, layer_decay):
+    """Parameter groups with lr_scale = layer_decay^(depth + 1 - id); no decay on ndim <= 1 and tokens."""
+    named = [*net.named_parameters(), *((f"head.{name}", p) for name, p in head.named_parameters())]
+    depth = max([layer_id(name, 0) for name, _ in named if name.startswith(("blocks.", "layer"))], default=0)
+    groups = {}
+    for name, p in named:
+        plain = p.ndim <= 1 or name in ("cls_token", "mask_token", "pos_embed")
+        id = layer_id(name, depth)
+        options = {
+            "lr_scale": layer_decay ** (depth + 1 - id),
+            "weight_decay": 0.0 if plain else weight_decay,
+        }
+        groups.setdefault((id, plain), options | {"params": []})["params"].append(p)
+    return list(groups.values())
+
+
 def finetune(backbone, train, labels, classes, epochs, args, device, amp=None, seed=0):
-    """Train the whole network and a linear layer by SimCLR's protocol (App. B.5): SGD with Nesterov momentum,
-    no warm-up, crops and flips, BatchNorm in training mode. Returns the layer; changes `backbone`."""
+    """Train the whole network and a linear layer; by default as SimCLR does (App. B.5): SGD with Nesterov
+    momentum, no warm-up, crops and flips, BatchNorm in train mode. Returns the layer, changes `backbone`."""
     torch.manual_seed(seed)
-    head = nn.Linear(backbone.dim, classes).to(device)
+    head = nn.Linear(backbone.dim, classes)
     nn.init.zeros_(head.weight)
     model = nn.Sequential(backbone, head).to(device)
     batch_size = min(args.batch_size, len(train))
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in params if p.ndim > 1], "weight_decay": args.weight_decay}]
-    groups += [{"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
     peak_lr = args.base_lr * batch_size / 256
-    optimizer = torch.optim.SGD(groups, peak_lr, momentum=0.9, nesterov=True)
+    groups = layer_groups(backbone.net, head, args.weight_decay, args.layer_decay)
+    if args.tuner == "adamw":
+        optimizer = torch.optim.AdamW(groups, peak_lr, betas=(0.9, 0.999))
+    else:
+        optimizer = torch.optim.SGD(groups, peak_lr, momentum=0.9, nesterov=True)
+    mixes = [v2.MixUp(alpha=args.mixup, num_classes=classes)] if args.mixup else []
+    mixes += [v2.CutMix(alpha=args.cutmix, num_classes=classes)] if args.cutmix else []
+    mix = v2.RandomChoice(mixes) if mixes else None
     per_epoch = len(train) // batch_size
+    total, warmup = epochs * per_epoch, round(args.warmup_epochs * per_epoch)
     generator = torch.Generator().manual_seed(seed)
     options = {"shuffle": True, "drop_last": True, "num_workers": args.workers, "generator": generator}
     loader = DataLoader(train, batch_size, persistent_workers=args.workers > 0, **options)
@@ -373,10 +428,13 @@ def finetune(backbone, train, labels, classes, epochs, args, device, amp=None, s
         model.train()
         for index, images in loader:
             for group in optimizer.param_groups:
-                group["lr"] = cosine_schedule(step, epochs * per_epoch, 0, peak_lr)
+                group["lr"] = group["lr_scale"] * cosine_schedule(step, total, warmup, peak_lr)
+            images, targets = images.to(device).float(), labels[index].to(device)
+            if mix:
+                images, targets = mix(images, targets)
             with torch.autocast(device.type, amp, enabled=amp is not None):
-                logits = model(images.to(device))
-            loss = F.cross_entropy(logits.float(), labels[index].to(device))
+                logits = model(images)
+            loss = F.cross_entropy(logits.float(), targets, label_smoothing=args.label_smoothing)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -413,6 +471,8 @@ def fit_head(args, backbone, items, labels, classes, features, train, device, am
         weight, bias, chosen = logreg((features[train] - center) / scale, labels[train], classes, seed)
         return (weight.float(), bias.float(), center, scale), chosen
     crop = random_crop(backbone.side, args.min_scale)
+    if args.rand_augment and args.mode == "finetune":
+        crop = v2.Compose([crop, v2.RandAugment()])
     pictures = Pictures([items[i] for i in train], backbone.side, crop)
     if args.mode == "finetune":
         epochs = args.epochs or (60 if len(train) <= 0.01 * len(items) else 30)
@@ -427,13 +487,15 @@ def fit_head(args, backbone, items, labels, classes, features, train, device, am
         return extract_features(backbone, pictures, 256, args.workers, device, amp)
 
     options = {"batch_size": args.batch_size, "weight_decay": args.weight_decay, "seed": seed}
+    options["norm"] = args.probe_norm
     weight, bias, chosen = linear_probe(features_of, labels[train], classes, args.epochs or 100, **options)
     return (weight, bias, center, scale), chosen
 
 
 def evaluate(args: Args) -> dict:
     """Do --mode, print a table, write eval-MODE.json and head.pt beside the backbone; returns the results."""
-    check_flags(args, "labels side epochs weight_decay workers seed".split(), label_fraction=1, min_scale=1)
+    may_be_zero = "labels side epochs weight_decay workers seed warmup_epochs label_smoothing mixup cutmix"
+    check_flags(args, may_be_zero.split(), label_fraction=1, min_scale=1, layer_decay=1, label_smoothing=1)
     rank, world, device, amp = start_processes(args.device, args.amp)
     if args.watch:
         return follow(args)

@@ -135,6 +135,53 @@ def test_linear_probe_is_sgd_and_picks_its_rate():
     assert accuracy(features @ weight + bias, labels)["top1"] > 90
 
 
+def test_batch_norm_becomes_part_of_the_layer():
+    """Oracle 2: BatchNorm in eval mode and a linear layer are one. Features of wild scales are learnt."""
+    features, labels = clusters(300, noise=0.5)
+    features = features * torch.logspace(-3, 3, 8) + 5
+    weight, bias, _ = linear_probe(lambda epoch: features, labels, 3, epochs=30, batch_size=64, norm=True)
+    assert accuracy(features @ weight + bias, labels)["top1"] > 95
+    norm = torch.nn.BatchNorm1d(8, eps=1e-6, affine=False).eval()
+    norm.running_mean, norm.running_var = features.mean(0), features.var(0)
+    scale = (norm.running_var + norm.eps).rsqrt()
+    plain = torch.randn(8, 3)
+    folded = plain * scale[:, None], -norm.running_mean @ (plain * scale[:, None])
+    torch.testing.assert_close(features @ folded[0] + folded[1], norm(features) @ plain, atol=1e-3, rtol=1e-3)
+
+
+# Fine-tuning: oracle 3
+
+
+@pytest.mark.parametrize("decay, lowest", [(0.75, 0.0237573), (0.65, 0.0036972)])
+def test_layer_decay_of_a_vit(decay, lowest):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cls_token = torch.nn.Parameter(torch.zeros(1, 1, 4))
+            self.pos_embed = torch.nn.Parameter(torch.zeros(1, 5, 4))
+            self.patch_embed = torch.nn.Linear(4, 4)
+            self.blocks = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(12))
+            self.norm = torch.nn.LayerNorm(4)
+
+    net, head = Net(), torch.nn.Linear(4, 2)
+    groups = eval_linear.layer_groups(net, head, 0.05, decay)
+    assert len(groups) == 28
+    params = [p for group in groups for p in group["params"]]
+    assert len(params) == len({id(p) for p in params}) == len([*net.parameters(), *head.parameters()])
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert scale[id(net.pos_embed)] == scale[id(net.patch_embed.weight)] == pytest.approx(lowest, rel=1e-5)
+    assert scale[id(net.blocks[11].weight)] == pytest.approx(decay)
+    assert scale[id(net.norm.weight)] == scale[id(head.weight)] == 1
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert id(net.blocks[0].weight) in decayed and not {id(net.pos_embed), id(net.blocks[0].bias)} & decayed
+
+
+def test_layer_decay_of_a_resnet():
+    net, _ = simclr.resnet("resnet18", "imagenet")
+    groups = eval_linear.layer_groups(net, torch.nn.Linear(512, 2), 0.0, 0.5)
+    assert sorted({group["lr_scale"] for group in groups}) == [0.5**5, 0.5**4, 0.5**3, 0.5**2, 0.5, 1.0]
+
+
 # Counting: oracles 6 and 7, and labels
 
 
@@ -254,6 +301,52 @@ def test_every_mode_on_class_folders(photos, tmp_path, backbone_file, mode, monk
         monkeypatch.chdir(backbone_file.parent)
         evaluate(Args(backbone="backbone.pt", data="../data", mode="predict", workers=0))
         assert len((backbone_file.parent / "predictions.csv").read_text().splitlines()) == 81
+
+
+def test_every_option_of_finetune_together(tmp_path, backbone_file, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"tuner": "adamw", "base_lr": 1e-3, "layer_decay": 0.75, "mixup": 0.8, "cutmix": 1.0}
+    options |= {"label_smoothing": 0.1, "rand_augment": True, "warmup_epochs": 1.0, "weight_decay": 0.05}
+    result = evaluate(
+        Args(str(backbone_file), "finetune", labels=64, epochs=2, batch_size=16, workers=0, **options)
+    )
+    assert result["labels"] == 64 and result["n"] == 2048
+
+
+def test_watch_follows_a_run(tmp_path, backbone_file):
+    """k-NN of each backbone.pt that appears, also when the file is replaced while it is read."""
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = backbone_file.parent
+    (run / "metrics.jsonl").write_text('{"step": 5}\n')
+    words = [sys.executable, eval_linear.__file__, "--watch", str(run), "--labels", "50", "--workers", "0"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def steps():
+        board = EventAccumulator(str(run)).Reload()
+        return [event.step for event in board.Scalars("eval/knn_top1")] if board.Tags()["scalars"] else []
+
+    def wait_for(expected):
+        start = time.time()
+        while steps() != expected:
+            assert process.poll() is None and time.time() - start < 120, steps()
+            time.sleep(0.5)
+
+    try:
+        wait_for([5])
+        (run / "metrics.jsonl").write_text('{"step": 5}\n{"step": 10}\n')
+        state = torch.load(backbone_file, weights_only=True)
+        simclr.save_checkpoint(backbone_file, **state)
+        wait_for([5, 10])
+    finally:
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in output, output
 
 
 def refused(match, **options):
