@@ -45,9 +45,7 @@ from tqdm import tqdm
 # --- Args ---------------------------------------------------------------------------------------------------
 @dataclass
 class Args:
-    backbone: str = (
-        "runs/simclr/backbone.pt"  # a file, random:FILE (its network untrained), pixels, a torchvision model
-    )
+    backbone: str = "runs/simclr/backbone.pt"  # a file, random:FILE (untrained), pixels, a torchvision model
     mode: Literal["linear", "finetune", "knn", "logreg", "features", "predict"] = "linear"  # see above
     data: str = "demo"  # demo, a folder of images in any layout, or a torchvision data set such as CIFAR10
     labels_csv: str = ""  # file with path,label lines for a flat --data folder, evaluated in 5 folds
@@ -65,13 +63,9 @@ class Args:
     probe_norm: bool = False  # linear: BatchNorm without weights before the layer (MAE's probe, eps 1e-6)
     augment: bool = False  # linear: crops and flips anew in each epoch, not one cached feature an image
     min_scale: float = 0.08  # smallest area of a crop as a share of the image (paper: 0.08)
-    tuner: Literal["sgd", "adamw"] = (
-        "sgd"  # optimiser of finetune: Nesterov 0.9 (SimCLR), or AdamW (MAE, BEiT)
-    )
+    tuner: Literal["sgd", "adamw"] = "sgd"  # of finetune: SGD with Nesterov momentum (SimCLR), AdamW (MAE)
     warmup_epochs: float = 0.0  # linear from 0 (paper: 0 for SimCLR, 5 for MAE)
-    layer_decay: float = (
-        1.0  # finetune: each layer's learning rate is this share of the next one's (MAE: 0.65)
-    )
+    layer_decay: float = 1.0  # finetune: learning rate of a layer as a share of the next one's (MAE: 0.65)
     label_smoothing: float = 0.0  # finetune (MAE: 0.1)
     mixup: float = 0.0  # finetune: alpha of mixup, half of the batches if cutmix is on too (MAE: 0.8)
     cutmix: float = 0.0  # finetune: alpha of cutmix (MAE: 1.0)
