@@ -581,11 +581,13 @@ def test_bad_data(module, folder, tmp_path):
     refused(module, r"--data nowhere: no folder, no download .*demo", data="nowhere")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/readme.txt").write_text("nothing here")
-    refused(module, "must .* at most 0 images in empty, 1 other files ignored", data="empty")
+    refused(module, "give .* at most 0 images in empty, 1 other files ignored", data="empty")
     (tmp_path / "file").write_text("")
     refused(module, "--run-dir file: is a file", data=str(folder), run_dir="file")
     (tmp_path / "file").unlink()
-    refused(module, "--batch-size 64: must divide by 1, at most 40 images", data=str(folder), batch_size=64)
+    refused(
+        module, "--batch-size 64: give a multiple of 1, at most 40 images", data=str(folder), batch_size=64
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
