@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.5", "torchvision>=0.20", "tyro", "tensorboard", "tqdm"]
+# dependencies = ["torch>=2.5", "torchvision>=0.20", "einops", "tyro", "tensorboard", "tqdm"]
 # ///
 """Evaluate a backbone: k-NN, logistic regression, linear probe of frozen features, fine-tuning, prediction.
 
@@ -11,6 +11,7 @@ Every method is measured here, on the same images and labels (protocols: 2002.05
             kept out of training
   finetune  the whole network and a linear layer; of random:FILE it is training from scratch
 Frozen means eval mode and not a bit changed, buffers included. No choice sees the test images.
+--preset NAME takes the numbers of a paper (PRESETS below); a flag given beside it wins.
 
 Probe:     python eval_linear.py --backbone runs/simclr/backbone.pt --mode linear
 Baseline:  python eval_linear.py --backbone random:runs/simclr/backbone.pt --mode linear --seeds 3
@@ -23,6 +24,8 @@ import json
 import math
 import os
 import random
+import re
+import sys
 import time
 import zlib
 from dataclasses import asdict, dataclass, replace
@@ -34,10 +37,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 import tyro
+from einops import rearrange
 from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -47,6 +53,7 @@ from tqdm import tqdm
 class Args:
     backbone: str = "runs/simclr/backbone.pt"  # a file, random:FILE (untrained), pixels, a torchvision model
     mode: Literal["linear", "finetune", "knn", "logreg", "features", "predict"] = "linear"  # see above
+    preset: str = ""  # recipe of a paper: simclr-linear, mae-finetune, ...; a wrong name lists all
     data: str = "demo"  # demo, a folder of images in any layout, or a torchvision data set such as CIFAR10
     labels_csv: str = ""  # file with path,label lines for a flat --data folder, evaluated in 5 folds
     labels: int = 0  # labelled training images to use, the same number of each class; 0: all
@@ -56,16 +63,21 @@ class Args:
     side: int = 0  # side of the images in pixels; 0: the backbone's
     head: str = ""  # head.pt for --mode predict; default: beside the backbone
     k: tuple[int, ...] = (20, 200)  # neighbours of k-NN
+    feature: Literal["auto", "cls", "mean", "both"] = "auto"  # of ViTs: [CLS], mean patch; auto: the method's
+    layers: tuple[int, ...] = (-1,)  # of ViTs: blocks whose features stand side by side (DINO: -4 -3 -2 -1)
     epochs: int = 0  # passes over the data (paper: 90; finetune 60 or 30. 0: 100; 60 up to 1 % labels, 30)
     batch_size: int = 256  # images per step, of all processes together
-    base_lr: float = 0.05  # times batch / 256 is the learning rate (paper: 0.05 for SimCLR's finetune)
+    base_lr: float = 0.05  # finetune: times batch / 256 is the learning rate (paper: 0.05 for SimCLR)
+    rates: tuple[float, ...] = ()  # the same of linear, the best is kept; none: 0.001 0.003 0.01 ... 10 30
+    decay_epochs: tuple[int, ...] = ()  # linear: a tenth of the rate from each on, not a cosine (MoCo: 60 80)
+    optimizer: Literal["nesterov", "sgd", "adamw"] = "nesterov"  # momentum 0.9; adamw 0.9, 0.999
     weight_decay: float = 0.0  # not on biases and norms (paper: 0)
+    warmup_epochs: float = 0.0  # linear from 0 (paper: 0 for SimCLR; MAE 10, finetune 5)
     probe_norm: bool = False  # linear: BatchNorm without weights before the layer (MAE's probe, eps 1e-6)
     augment: bool = False  # linear: crops and flips anew in each epoch, not one cached feature an image
     min_scale: float = 0.08  # smallest area of a crop as a share of the image (paper: 0.08)
-    tuner: Literal["sgd", "adamw"] = "sgd"  # of finetune: SGD with Nesterov momentum (SimCLR), AdamW (MAE)
-    warmup_epochs: float = 0.0  # linear from 0 (paper: 0 for SimCLR, 5 for MAE)
     layer_decay: float = 1.0  # finetune: learning rate of a layer as a share of the next one's (MAE: 0.65)
+    drop_path: float = 0.0  # finetune of ViTs: rate of the last block, 0 in the first (MAE: 0.1)
     label_smoothing: float = 0.0  # finetune (MAE: 0.1)
     mixup: float = 0.0  # finetune: alpha of mixup, half of the batches if cutmix is on too (MAE: 0.8)
     cutmix: float = 0.0  # finetune: alpha of cutmix (MAE: 1.0)
@@ -74,6 +86,36 @@ class Args:
     seed: int = 0  # of all random numbers
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on cuda, off elsewhere
+
+
+# Rates are those at batch 256; cosines go by steps (MoCo v3, DINO, BEiT: by epochs) to 0 (MAE, BEiT: 1e-6).
+PROBE = "--mode linear --augment --optimizer sgd --batch-size"
+MASKED = "--mode finetune --feature mean --optimizer adamw --batch-size 1024 --epochs 100 --weight-decay 0.05"
+MASKED += " --layer-decay 0.65 --drop-path 0.1 --mixup 0.8 --cutmix 1 --label-smoothing 0.1 --rand-augment"
+PRESETS = {
+    "simclr-linear": f"{PROBE} 4096 --optimizer nesterov --rates 0.1 --epochs 90",  # 2002.05709 B.6
+    "simclr-finetune": "--mode finetune --optimizer nesterov --batch-size 4096 --base-lr 0.05",  # B.5
+    "moco-linear": f"{PROBE} 256 --rates 30 --epochs 100 --decay-epochs 60 80",  # main_lincls.py
+    "moco_v3-linear": f"{PROBE} 1024 --rates 3 --epochs 90",  # CONFIG.md, of ViTs; ResNet-50: --rates 0.1
+    "byol-linear": f"{PROBE} 1024 --optimizer nesterov --rates 0.4 0.3 0.2 0.1 0.05 --epochs 80",  # C.1
+    "dino-linear": f"{PROBE} 1024 --rates 0.001 --epochs 100 --layers -4 -3 -2 -1",  # eval_linear.py, ViT-S
+    "dinov2-linear": f"{PROBE} 1024 --epochs 10 --feature both --rates 1e-5 2e-5 5e-5 1e-4 2e-4 5e-4 "
+    "1e-3 2e-3 5e-3 1e-2 2e-2 5e-2 0.1",  # eval/linear.py, one of its four features
+    "mae-linear": f"{PROBE} 4096 --probe-norm --epochs 90 --warmup-epochs 10",  # 2111.06377 Table 10, whose
+    # LARS at batch 16384 may be SGD at 4096 (its caption); the rate of LARS, 0.1, is none of SGD's: a grid
+    "mae-finetune": f"{MASKED} --base-lr 5e-4 --warmup-epochs 5",  # FINETUNE.md, of ViT-B
+    "beit-linear": f"{PROBE} 1024 --optimizer adamw --rates 1e-3 --weight-decay 1e-4 --epochs 50 "
+    "--feature mean --layers 8",  # 2106.08254 App. D: the ninth block of ViT-B
+    "beit-finetune": f"{MASKED} --base-lr 1e-3 --warmup-epochs 20",  # README, of ViT-B
+}
+
+
+def expand_preset(words):
+    """The words of a command line behind those of the preset among them, so that they win."""
+    name = (re.findall(r"--preset[ =](\S+)", " ".join(words)) or [""])[0]
+    if name and name not in PRESETS:
+        raise SystemExit(f"--preset {name}: must be one of {', '.join(PRESETS)}")
+    return PRESETS.get(name, "").split() + words
 
 
 # --- Labels -------------------------------------------------------------------------------------------------
@@ -125,7 +167,7 @@ def read_labels(data, labels_csv=""):
         files = [(path, os.path.relpath(path, data), None) for path in find_images(data)]
         files = [(path, name, zlib.crc32(name.encode()) % 5 == 0) for path, name, _ in files]
         print(
-            f"{data}: no train/ and val/ or test/; one image in five, by the hash of its path, is for testing"
+            f"{data}: no val/ or test/ beside train/; one image in five, by the hash of its path, is tested"
         )
     names = [name.split(os.sep)[0] if os.sep in name else None for _, name, _ in files]
     classes = sorted(set(names) - {None})
@@ -158,10 +200,9 @@ def read_csv(data, labels_csv):
 def read_torchvision(name):
     """As read_labels, of a torchvision data set with a training and a test split."""
     kind, parts = getattr(torchvision.datasets, name, None), []
-    by_train, by_test, by_val = ({"train": True}, {"train": False}), ("train", "test"), ("train", "val")
-    for pair in (by_train, *([{"split": name} for name in names] for names in (by_test, by_val))):
+    for key, names in (("train", (True, False)), ("split", ("train", "test")), ("split", ("train", "val"))):
         try:
-            parts = [kind("data", download=True, **split) for split in pair]
+            parts = [kind("data", download=True, **{key: value}) for value in names]
             break
         except Exception as error:  # no such name, other keywords, no network
             reason = error
@@ -175,30 +216,113 @@ def read_torchvision(name):
 
 def stratified_subset(labels, count, seed):
     """Indices of `count` labels: count // C of each class, and one more of count % C random classes."""
-    generator = torch.Generator().manual_seed(seed)
-    classes = labels.unique()
-    extra = classes[torch.randperm(len(classes), generator=generator)[: count % len(classes)]]
-    chosen = []
-    for c in classes:
-        indices = (labels == c).nonzero()[:, 0]
-        shuffled = indices[torch.randperm(len(indices), generator=generator)]
-        chosen.append(shuffled[: count // len(classes) + int(c in extra)])
-    return torch.cat(chosen).sort().values
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    nth = F.one_hot(labels[order]).cumsum(dim=0).gather(1, labels[order, None])[:, 0]  # of its class
+    return order[nth.argsort(stable=True)[:count]].sort().values
 
 
 def stratified_folds(labels, folds, seed):
     """Fold 0 .. folds - 1 of each label, the classes spread evenly over them."""
-    generator = torch.Generator().manual_seed(seed)
-    fold, start = torch.empty(len(labels), dtype=torch.long), 0
-    for c in labels.unique():
-        indices = (labels == c).nonzero()[:, 0]
-        indices = indices[torch.randperm(len(indices), generator=generator)]
-        fold[indices] = (start + torch.arange(len(indices))) % folds
-        start += len(indices)
-    return fold
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order[labels[order].argsort(stable=True)]
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(labels)) % folds)
 
 
 # --- Backbones ----------------------------------------------------------------------------------------------
+class Attention(nn.Module):
+    """Multi-head self-attention of tokens (B, N, D)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between, for each token (B, N, D)."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block of tokens (B, N, D), in timm's names. Uses Attention, Mlp."""
+
+    def __init__(self, dim, heads, drop_path=0.0):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.attn, self.mlp, self.drop_path = Attention(dim, heads), Mlp(dim, 4 * dim), drop_path
+
+    def forward(self, x):
+        x = x + stochastic_depth(self.attn(self.norm1(x)), self.drop_path, "row", self.training)
+        return x + stochastic_depth(self.mlp(self.norm2(x)), self.drop_path, "row", self.training)
+
+
+VITS = {"vit_nano": (128, 6, 4), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6)}  # width, depth, heads
+VITS |= {"vit_base": (768, 12, 12), "vit_large": (1024, 24, 16), "vit_huge": (1280, 32, 16)}
+
+
+class ViT(nn.Module):
+    """Vision transformer in timm's names, images (B, 3, H, W) -> feature (B, D).
+
+    feature: cls, mean (of patch tokens) or both, normed, of each of the blocks `layers`, side by side.
+    xavier: initialisation of the linear layers as in MAE, else as in timm.
+    """
+
+    def __init__(self, arch, patch_size, image_size, xavier=False, feature="cls", layers=(-1,)):
+        super().__init__()
+        dim, depth, heads = VITS[arch]
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + (image_size // patch_size) ** 2, dim))
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.norm, self.fc_norm = nn.LayerNorm(dim, eps=1e-6), nn.Identity()
+        self.feature, self.layers = feature, {layer % depth for layer in layers}
+        self.dim = dim * len(self.layers) * (2 if feature == "both" else 1)
+        for layer in (layer for layer in self.modules() if isinstance(layer, nn.Linear)):
+            nn.init.xavier_uniform_(layer.weight) if xavier else nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, images):
+        x = self.patch_embed.proj(images)
+        pos_embed = resize_positions(self.pos_embed, *x.shape[2:])
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).mT], dim=1) + pos_embed
+        parts = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in self.layers:
+                tokens = self.norm(x)
+                parts += [tokens[:, 0]] if self.feature != "mean" else []
+                parts += [tokens[:, 1:].mean(dim=1)] if self.feature != "cls" else []
+        return self.fc_norm(torch.cat(parts, dim=1))
+
+    def start_finetune(self, drop_path):
+        """Stochastic depth rising to drop_path; of mean tokens, a fresh norm after the mean (MAE, BEiT)."""
+        for i, block in enumerate(self.blocks):
+            block.drop_path = drop_path * i / max(1, len(self.blocks) - 1)
+        if self.feature == "mean":
+            self.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(self.dim, eps=1e-6)
+
+
+def resize_positions(pos_embed, height, width):
+    """Positions (1, 1 + N, D) of [CLS] and a square grid -> of height x width, bicubic; equal ones stay."""
+    side = math.isqrt(pos_embed.shape[1] - 1)
+    if (side, side) == (height, width):
+        return pos_embed
+    grid = rearrange(pos_embed[:, 1:], "one (h w) d -> one d h w", h=side)
+    grid = F.interpolate(grid, (height, width), mode="bicubic", align_corners=False)
+    return torch.cat([pos_embed[:, :1], rearrange(grid, "one d h w -> one (h w) d")], dim=1)
+
+
 class Backbone(nn.Module):
     """uint8 images (B, 3, H, W) -> features (B, D); normalises as the network was trained."""
 
@@ -213,10 +337,11 @@ class Backbone(nn.Module):
         return self.net(images.contiguous(memory_format=torch.channels_last)).flatten(1)
 
 
-def load_backbone(path, seed=0, side=0):
+def load_backbone(path, seed=0, side=0, feature="auto", layers=(-1,), mode="linear"):
     """backbone.pt, random:FILE (its network with random weights), pixels, or a name of torchvision.models.
 
-    SystemExit if the file is missing or damaged, or does not fill the network exactly.
+    feature auto: mean patch tokens for I-JEPA and to fine-tune masked models, else [CLS]. SystemExit if the
+    file is missing or damaged, or does not fill the network exactly.
     """
     if path == "pixels":
         return Backbone(nn.Identity(), 3 * (side or 32) ** 2, side or 32, MEAN, STD, "pixels", "pixels")
@@ -228,7 +353,17 @@ def load_backbone(path, seed=0, side=0):
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         torch.manual_seed(seed)
-        net, dim = resnet(state["arch"], **state["arch_args"])
+        method, options = state["method"], dict(state["arch_args"])
+        if state["arch"].startswith("vit"):
+            means = method == "ijepa" or (mode == "finetune" and method in ("mae", "beit"))
+            options["feature"] = ("mean" if means else "cls") if feature == "auto" else feature
+            fixed = options.pop("fixed_positions", False)
+            net = ViT(state["arch"], image_size=state["image_size"], layers=layers, **options)
+            dim = net.dim
+            if fixed:  # a part of the network, not of what it has learnt
+                net.pos_embed.data.copy_(state["state_dict"]["pos_embed"])
+        else:
+            net, dim = resnet(state["arch"], **options)
         if path == file:
             net.load_state_dict(state["state_dict"])
     except FileNotFoundError:
@@ -236,7 +371,7 @@ def load_backbone(path, seed=0, side=0):
     except Exception as error:
         raise SystemExit(f"--backbone {path}: cannot be loaded ({str(error).splitlines()[0]})")
     net = net.to(memory_format=torch.channels_last)
-    method = state["method"] if path == file else "random"
+    method = method if path == file else "random"
     return Backbone(net, dim, side or state["image_size"], state["mean"], state["std"], method, state["arch"])
 
 
@@ -310,67 +445,79 @@ def fit_logreg(features, labels, penalty, classes, start=None, max_iter=1000):
 
 
 def logreg(features, labels, classes, seed=0):
-    """Softmax regression whose penalty, of 10^-5 .. 10, is the best in 5 folds of the labels, or above 2,000
-    labels on a tenth of them. Returns weight (D, C), bias (C,) and what was chosen."""
-    penalties = [10.0**i for i in range(1, -6, -1)]
-    fold = stratified_folds(labels, 10 if len(labels) > 2000 else 5, seed)
-    right = dict.fromkeys(penalties, 0)
-    for held in range(1 if len(labels) > 2000 else 5):
+    """Softmax regression on standardised features, its penalty, of 10^-5 .. 10, the best in 5 folds of the
+    labels, or above 2,000 on a tenth of them. Returns weight (D, C), bias (C,) and what was chosen."""
+    mean, std = features.double().mean(dim=0), features.double().std(dim=0) + 1e-6
+    x, penalties = (features - mean) / std, [10.0**i for i in range(1, -6, -1)]
+    folds = 10 if len(labels) > 2000 else 5
+    fold, right = stratified_folds(labels, folds, seed), dict.fromkeys(penalties, 0)
+    for held in range(1 if folds == 10 else 5):
         train, test, head = fold != held, fold == held, None
         for penalty in penalties:  # from strong to weak, each starting at the last
-            head = fit_logreg(features[train], labels[train], penalty, classes, head, max_iter=50)
-            scores = features[test].double() @ head[0] + head[1]
-            right[penalty] += (scores.argmax(dim=1) == labels[test]).sum().item()
+            head = fit_logreg(x[train], labels[train], penalty, classes, head, max_iter=50)
+            right[penalty] += ((x[test] @ head[0] + head[1]).argmax(dim=1) == labels[test]).sum().item()
     best = max(penalties, key=right.get)
-    return *fit_logreg(features, labels, best, classes), {"penalty": best}
+    weight, bias = fit_logreg(x, labels, best, classes)
+    weight = weight / std[:, None]
+    return weight.float(), (bias - mean @ weight).float(), {"penalty": best}
 
 
-def linear_probe(
-    features_of, labels, classes, epochs=100, batch_size=256, weight_decay=0.0, seed=0, norm=False
-):
-    """SGD with Nesterov momentum and a cosine on one linear layer, for a grid of learning rates in one pass.
+def make_optimizer(name, groups, lr):
+    """nesterov or sgd with momentum 0.9, or adamw."""
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr, betas=(0.9, 0.999))
+    return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=name == "nesterov")
 
-    features_of(epoch) -> (n, D). A tenth of the labels, stratified, picks the rate and is not trained on.
-    norm: features pass BatchNorm without weights, which becomes part of the layer returned.
-    Returns weight (D, C), bias (C,) of the last epoch and what was chosen.
+
+def linear_probe(features, labels, classes, args, seed=0, augmented=None):
+    """One linear layer for each of args.rates, in one pass: weight (D, C), bias (C,) and what was chosen.
+
+    features (n, D); augmented(epoch) -> (n, D), if given, replaces them in training. A tenth of the labels,
+    stratified, picks the rate and is not trained on; with one rate all are. The BatchNorm of args.probe_norm
+    becomes part of the layer.
     """
-    held = stratified_folds(labels, 10, seed) == 0
-    train = (~held).nonzero()[:, 0]
-    rates = torch.tensor([10.0**i * j for i in range(-3, 2) for j in (1, 3)]) * batch_size / 256
-    features = features_of(0)
-    params = [torch.zeros(len(rates), features.shape[1], classes), torch.zeros(len(rates), 1, classes)]
-    buffers = [torch.zeros_like(p) for p in params]
-    batch_norm = nn.BatchNorm1d(features.shape[1], eps=1e-6, affine=False) if norm else None
+    rates = args.rates or [10.0**power * digit for power in range(-3, 2) for digit in (1, 3)]
+    epochs, held = args.epochs or 100, stratified_folds(labels, 10, seed) == 0
+    train = (~held).nonzero()[:, 0] if len(rates) > 1 else torch.arange(len(labels))
+    steps = max(1, len(train) // args.batch_size)
     generator = torch.Generator().manual_seed(seed)
-    steps = max(1, len(train) // batch_size)
+    norm = nn.BatchNorm1d(features.shape[1], eps=1e-6, affine=False) if args.probe_norm else nn.Identity()
+    weights, biases, groups = [], [], []
+    for rate in rates:
+        weights.append(torch.zeros(features.shape[1], classes, requires_grad=True))
+        biases.append(torch.zeros(classes, requires_grad=True))
+        scale = {"lr_scale": rate * min(args.batch_size, len(train)) / 256}
+        groups.append({"params": weights[-1:], "weight_decay": args.weight_decay} | scale)
+        groups.append({"params": biases[-1:], "weight_decay": 0.0} | scale)
+    optimizer = make_optimizer(args.optimizer, groups, lr=0.0)
     for epoch in tqdm(range(epochs), desc="linear", leave=False):
-        features = features_of(epoch)
+        rows = augmented(epoch) if augmented else features
         order = train[torch.randperm(len(train), generator=generator)]
         for i, batch in enumerate(order.chunk(steps)):
-            lr = rates[:, None, None] * cosine_schedule(epoch * steps + i, epochs * steps, 0, 1.0)
-            x, y = features[batch], F.one_hot(labels[batch], classes)
-            x = batch_norm(x) if norm else x
-            error = (torch.softmax(x @ params[0] + params[1], dim=2) - y) / len(batch)  # (rates, B, C)
-            grads = [x.T @ error + weight_decay * params[0], error.sum(dim=1, keepdim=True)]
-            for p, v, g in zip(params, buffers, grads, strict=True):
-                v.mul_(0.9).add_(g)
-                p.sub_(lr * (g + 0.9 * v))
-    weights, biases = params
-    if norm:  # W (x - mean) / std + b is a linear layer again
-        scale = (batch_norm.running_var + batch_norm.eps).rsqrt()
-        weights = weights * scale[:, None]
-        biases = biases - (batch_norm.running_mean @ weights)[:, None]
-    right = ((features_of(0)[held] @ weights + biases).argmax(dim=2) == labels[held]).sum(dim=1)
-    best = right.argmax().item()
-    return weights[best], biases[best, 0], {"base_lr": rates[best].item() * 256 / batch_size}
+            if args.decay_epochs:
+                factor = 0.1 ** sum(epoch >= decay for decay in args.decay_epochs)
+            else:
+                factor = cosine_schedule(epoch * steps + i, epochs * steps, args.warmup_epochs * steps, 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr_scale"] * factor
+            logits = norm(rows[batch]) @ torch.cat(weights, dim=1) + torch.cat(biases)
+            logits = logits.view(-1, classes)  # (B x rates, C)
+            targets = labels[batch].repeat_interleave(len(rates))
+            optimizer.zero_grad()
+            (F.cross_entropy(logits, targets, reduction="sum") / len(batch)).backward()
+            optimizer.step()
+    weights, biases = torch.stack(weights).detach(), torch.stack(biases).detach()
+    if args.probe_norm:  # W (x - mean) / std + b is a linear layer again
+        weights *= (norm.running_var + norm.eps).rsqrt()[:, None]
+        biases -= norm.running_mean @ weights
+    right = (features[held] @ weights + biases[:, None]).argmax(dim=2) == labels[held]
+    best = right.sum(dim=1).argmax().item()
+    return weights[best], biases[best], {"rate": rates[best]}
 
 
 # --- Fine-tuning --------------------------------------------------------------------------------------------
 def layer_id(name, depth):
-    """0 for the input layers, i for the i-th of `depth` blocks or stages, depth + 1 for what comes after.
-
-    Names of timm's ViTs (blocks.0 is block 1) and of torchvision's ResNets (layer1 is stage 1).
-    """
+    """0 of the input, i of the i-th of `depth` blocks (timm's ViTs) or stages (ResNets), depth + 1 after."""
     if name.split(".")[0] in ("cls_token", "mask_token", "pos_embed", "patch_embed", "conv1", "bn1"):
         return 0
     if name.startswith("blocks."):
@@ -386,39 +533,41 @@ def layer_groups(net, head, weight_decay, layer_decay):
     for name, p in named:
         plain = p.ndim <= 1 or name in ("cls_token", "mask_token", "pos_embed")
         id = layer_id(name, depth)
-        options = {
-            "lr_scale": layer_decay ** (depth + 1 - id),
-            "weight_decay": 0.0 if plain else weight_decay,
-        }
-        groups.setdefault((id, plain), options | {"params": []})["params"].append(p)
+        options = {"lr_scale": layer_decay ** (depth + 1 - id), "params": []}
+        options["weight_decay"] = 0.0 if plain else weight_decay
+        groups.setdefault((id, plain), options)["params"].append(p)
     return list(groups.values())
 
 
 def finetune(backbone, train, labels, classes, epochs, args, device, amp=None, seed=0):
-    """Train the whole network and a linear layer; by default as SimCLR does (App. B.5): SGD with Nesterov
-    momentum, no warm-up, crops and flips, BatchNorm in train mode. Returns the layer, changes `backbone`."""
-    torch.manual_seed(seed)
+    """Train `backbone` and a linear layer, returned; by default as SimCLR (App. B.5): SGD with Nesterov
+    momentum, no warm-up, crops and flips, BatchNorm in train mode. Several processes share each batch."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    torch.manual_seed(hash((seed, rank)) % 2**32)
+    if isinstance(backbone.net, ViT):
+        backbone.net.start_finetune(args.drop_path)
     head = nn.Linear(backbone.dim, classes)
-    nn.init.zeros_(head.weight)
+    nn.init.trunc_normal_(head.weight, std=2e-5)
+    nn.init.zeros_(head.bias)
     model = nn.Sequential(backbone, head).to(device)
-    batch_size = min(args.batch_size, len(train))
-    peak_lr = args.base_lr * batch_size / 256
+    batch_size = min(args.batch_size, len(train)) // world
+    peak_lr = args.base_lr * batch_size * world / 256
     groups = layer_groups(backbone.net, head, args.weight_decay, args.layer_decay)
-    if args.tuner == "adamw":
-        optimizer = torch.optim.AdamW(groups, peak_lr, betas=(0.9, 0.999))
-    else:
-        optimizer = torch.optim.SGD(groups, peak_lr, momentum=0.9, nesterov=True)
+    optimizer = make_optimizer(args.optimizer, groups, peak_lr)
     mixes = [v2.MixUp(alpha=args.mixup, num_classes=classes)] if args.mixup else []
     mixes += [v2.CutMix(alpha=args.cutmix, num_classes=classes)] if args.cutmix else []
     mix = v2.RandomChoice(mixes) if mixes else None
-    per_epoch = len(train) // batch_size
-    total, warmup = epochs * per_epoch, round(args.warmup_epochs * per_epoch)
-    generator = torch.Generator().manual_seed(seed)
-    options = {"shuffle": True, "drop_last": True, "num_workers": args.workers, "generator": generator}
+    sampler = DistributedSampler(train, world, rank, seed=seed, drop_last=True)
+    options = {"sampler": sampler, "drop_last": True, "num_workers": args.workers}
     loader = DataLoader(train, batch_size, persistent_workers=args.workers > 0, **options)
+    total, warmup = epochs * len(loader), args.warmup_epochs * len(loader)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    if world > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     step = 0
-    for _ in tqdm(range(epochs), desc="finetune", leave=False):
+    for epoch in tqdm(range(epochs), desc="finetune", leave=False, disable=rank > 0):
+        sampler.set_epoch(epoch)
         model.train()
         for index, images in loader:
             for group in optimizer.param_groups:
@@ -427,7 +576,7 @@ def finetune(backbone, train, labels, classes, epochs, args, device, amp=None, s
             if mix:
                 images, targets = mix(images, targets)
             with torch.autocast(device.type, amp, enabled=amp is not None):
-                logits = model(images)
+                logits = net(images)
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=args.label_smoothing)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
@@ -458,12 +607,9 @@ def splits(labels, is_test, args, seed):
 
 
 def fit_head(args, backbone, items, labels, classes, features, train, device, amp, seed):
-    """(weight, bias, center, scale) of a linear layer on (features - center) / scale, and what was chosen."""
-    center, scale = torch.zeros(backbone.dim), torch.ones(backbone.dim)
-    if args.mode == "logreg":  # one penalty for all channels asks for channels of one size
-        center, scale = features[train].mean(dim=0), features[train].std(dim=0) + 1e-6
-        weight, bias, chosen = logreg((features[train] - center) / scale, labels[train], classes, seed)
-        return (weight.float(), bias.float(), center, scale), chosen
+    """Weight (D, C), bias (C,) of a linear layer and what was chosen; finetune alone changes the backbone."""
+    if args.mode == "logreg":
+        return logreg(features[train], labels[train], classes, seed)
     crop = random_crop(backbone.side, args.min_scale)
     if args.rand_augment and args.mode == "finetune":
         crop = v2.Compose([crop, v2.RandAugment()])
@@ -471,42 +617,40 @@ def fit_head(args, backbone, items, labels, classes, features, train, device, am
     if args.mode == "finetune":
         epochs = args.epochs or (60 if len(train) <= 0.01 * len(items) else 30)
         head = finetune(backbone, pictures, labels[train], classes, epochs, args, device, amp, seed)
-        layer = head.weight.detach().T.contiguous(), head.bias.detach()
-        return (*layer, center, scale), {"base_lr": args.base_lr}
+        return head.weight.detach().T.contiguous(), head.bias.detach(), {"base_lr": args.base_lr}
 
-    def features_of(epoch):
-        if not args.augment:
-            return features[train]
+    def augmented(epoch):
         torch.manual_seed(hash((seed, epoch)) % 2**32)
         return extract_features(backbone, pictures, 256, args.workers, device, amp)
 
-    options = {"batch_size": args.batch_size, "weight_decay": args.weight_decay, "seed": seed}
-    options["norm"] = args.probe_norm
-    weight, bias, chosen = linear_probe(features_of, labels[train], classes, args.epochs or 100, **options)
-    return (weight, bias, center, scale), chosen
+    augmented = augmented if args.augment else None
+    return linear_probe(features[train], labels[train], classes, args, seed, augmented)
 
 
 def evaluate(args: Args) -> dict:
     """Do --mode, print a table, write eval-MODE.json and head.pt beside the backbone; returns the results."""
-    may_be_zero = "labels side epochs weight_decay workers seed warmup_epochs label_smoothing mixup cutmix"
-    check_flags(args, may_be_zero.split(), label_fraction=1, min_scale=1, layer_decay=1, label_smoothing=1)
+    zero = "labels side epochs weight_decay workers seed warmup_epochs drop_path label_smoothing mixup cutmix"
+    at_most = dict.fromkeys(("label_fraction", "min_scale", "layer_decay", "drop_path", "label_smoothing"), 1)
+    check_flags(args, zero.split(), **at_most)
     rank, world, device, amp = start_processes(args.device, args.amp)
     if args.watch:
         return follow(args)
     if args.mode == "predict":
         return predict(args, device, amp)
-    if args.mode == "finetune" and world > 1:
-        raise SystemExit("--mode finetune: runs in one process, start it without torchrun")
-    backbone = load_backbone(args.backbone, args.seed, args.side)
     items, labels, classes, is_test = read_labels(args.data, args.labels_csv)
-    results, features, folder = [], None, output_folder(args.backbone)
+    choice = args.side, args.feature, args.layers, args.mode
+    tunes, features, results = args.mode == "finetune", None, []
+
+    def fit(train, seed):
+        fitted, data = load_backbone(args.backbone, seed, *choice) if tunes else backbone, (items, labels)
+        return fitted, fit_head(args, fitted, *data, len(classes), features, train, device, amp, seed)
+
+    options = args.batch_size, args.workers, device, amp
     for seed in range(args.seed, args.seed + args.seeds):
-        if args.backbone.startswith("random:") or args.mode == "finetune":
-            backbone, features = load_backbone(args.backbone, seed, args.side), None
-        before = fingerprint(backbone)
-        if features is None and args.mode != "finetune":
-            pictures = Pictures(items, backbone.side)
-            features = extract_features(backbone, pictures, args.batch_size, args.workers, device, amp)
+        if features is None or args.backbone.startswith("random:"):
+            backbone = load_backbone(args.backbone, seed, *choice)
+            before, pictures = fingerprint(backbone), Pictures(items, backbone.side)
+            features = None if tunes else extract_features(backbone, pictures, *options)
         if args.mode == "features":
             break
         for train, test in splits(labels, is_test, args, seed):
@@ -515,35 +659,27 @@ def evaluate(args: Args) -> dict:
                     scores = knn(features[train], labels[train], features[test], k, len(classes))
                     results.append({"choice": f"k {k}"} | accuracy(scores, labels[test]))
                 continue
-            data = items, labels, len(classes), features, train
-            head, chosen = fit_head(args, backbone, *data, device, amp, seed)
-            rows = features[test] if features is not None else None
-            if args.mode == "finetune":
-                pictures = Pictures([items[i] for i in test], backbone.side)
-                rows = extract_features(backbone, pictures, args.batch_size, args.workers, device, amp)
-            weight, bias, center, scale = head
-            scores = (rows - center) / scale @ weight + bias
-            results.append({"choice": f"{chosen}"} | accuracy(scores, labels[test]))
-        if args.mode != "finetune" and fingerprint(backbone) != before:
+            fitted, (weight, bias, chosen) = fit(train, seed)
+            pictures = Pictures([items[i] for i in test], fitted.side)
+            rows = extract_features(fitted, pictures, *options) if tunes else features[test]
+            results.append({"choice": f"{chosen}"} | accuracy(rows @ weight + bias, labels[test]))
+        if fingerprint(backbone) != before:
             raise RuntimeError("the frozen backbone has changed")
+    if args.mode not in ("knn", "features"):
+        if is_test is None:  # the folds have measured; now learn from every label
+            fitted, (weight, bias, _) = fit(torch.arange(len(labels)), args.seed)
+        tuned = {name: tensor.cpu() for name, tensor in fitted.net.state_dict().items()} if tunes else None
+        state = {"weight": weight, "bias": bias, "classes": classes, "choice": choice, "finetuned": tuned}
+        if not rank:
+            torch.save(state | {"fingerprint": before}, output_file(args, "head", ".pt"))
     if rank:
         return {}
-    folder.mkdir(parents=True, exist_ok=True)
     if args.mode == "features":
-        state = {"features": features, "labels": labels, "items": [str(item) for item in items]}
-        torch.save(state, folder / "features.pt")
-        print(f"{folder}/features.pt: {tuple(features.shape)}")
+        path, state = output_file(args, "features", ".pt"), {"features": features, "labels": labels}
+        torch.save(state | {"items": [str(item) for item in items]}, path)
+        print(f"{path}: {tuple(features.shape)}")
         return {"n": len(features)}
-    if args.mode != "knn":
-        if is_test is None and args.mode != "finetune":  # the folds have measured; now learn from every label
-            data = items, labels, len(classes), features, torch.arange(len(labels))
-            head, _ = fit_head(args, backbone, *data, device, amp, args.seed)
-        names = ("weight", "bias", "center", "scale")
-        state = dict(zip(names, head, strict=True)) | {"classes": classes, "side": backbone.side}
-        weights = {name: tensor.cpu() for name, tensor in backbone.net.state_dict().items()}
-        tuned = weights if args.mode == "finetune" else None
-        torch.save(state | {"fingerprint": before, "finetuned": tuned}, folder / f"head{suffix(args)}.pt")
-    return report(args, results, folder, len(train), backbone)
+    return report(args, results, len(train), backbone)
 
 
 def follow(args):
@@ -564,18 +700,15 @@ def follow(args):
         return {}
 
 
-def output_folder(backbone):
-    """Beside a file, else runs/NAME."""
-    file = Path(backbone.removeprefix("random:"))
-    return file.parent if file.is_file() else Path("runs") / backbone
+def output_file(args, name, ending):
+    """Path of a result: beside the backbone's file, with -random for random:FILE; or in runs/BACKBONE."""
+    file = Path(args.backbone.removeprefix("random:"))
+    folder = file.parent if file.is_file() else Path("runs") / args.backbone
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}{'-random' if args.backbone.startswith('random:') else ''}{ending}"
 
 
-def suffix(args):
-    """Keeps the results of random:FILE apart from those of FILE, which lie in the same folder."""
-    return "-random" if args.backbone.startswith("random:") else ""
-
-
-def report(args, results, folder, labels, backbone):
+def report(args, results, labels, backbone):
     """Print the table and write eval-MODE.json: mean over repetitions and folds, and sample deviation."""
     table = {}
     for result in results:
@@ -583,9 +716,8 @@ def report(args, results, folder, labels, backbone):
     count = f"{labels} labels, {results[0]['n']} test images, {len(results)} results"
     print(f"\n{args.backbone} on {args.data}: {count}")
     print(f"{'':12}{'top-1':>14}{'top-5':>8}{'per class':>11}")
-    out = {"mode": args.mode, "backbone": args.backbone, "data": args.data}
-    out["feature"] = f"{backbone.method} {backbone.arch}"
-    out |= {"labels": labels, "seeds": args.seeds, "results": results}
+    out = {"mode": args.mode, "backbone": args.backbone, "data": args.data, "labels": labels}
+    out |= {"seeds": args.seeds, "feature": f"{backbone.method} {backbone.arch}", "results": results}
     for name, rows in table.items():
         mean = {key: sum(row[key] for row in rows) / len(rows) for key in ("top1", "top5", "mean_per_class")}
         deviation = torch.tensor([row["top1"] for row in rows]).std().item() if len(rows) > 1 else 0.0
@@ -593,29 +725,31 @@ def report(args, results, folder, labels, backbone):
         print(f"{name:12}{top}{mean['mean_per_class']:11.1f}")
         if "top1" not in out:  # the first k stands for k-NN: the best would be a choice on the test images
             out |= mean | {"top1_std": deviation, "n": rows[0]["n"]}
-    (folder / f"eval-{args.mode}{suffix(args)}.json").write_text(json.dumps(out, indent=1))
+    output_file(args, f"eval-{args.mode}", ".json").write_text(json.dumps(out, indent=1))
     return out
 
 
 def predict(args, device, amp):
     """Write predictions.csv (path, class, probability) for every image below --data with a head.pt."""
-    path = Path(args.head or output_folder(args.backbone) / f"head{suffix(args)}.pt")
+    path = Path(args.head or output_file(args, "head", ".pt"))
     try:
         head = torch.load(path, map_location="cpu", weights_only=True)
         weight, classes = head["weight"], head["classes"]
     except Exception:
         raise SystemExit(f"--head {path}: missing or damaged; --mode logreg, linear or finetune writes it")
-    backbone = load_backbone(args.backbone, args.seed, head["side"])
+    backbone = load_backbone(args.backbone, args.seed, *head["choice"])
     if fingerprint(backbone) != head["fingerprint"]:
         raise SystemExit(f"--head {path}: was trained on another backbone than {args.backbone}")
     if head["finetuned"]:
+        if isinstance(backbone.net, ViT):
+            backbone.net.start_finetune(0.0)
         backbone.net.load_state_dict(head["finetuned"])
     items = find_images(args.data)
     if not items:
         raise SystemExit(f"--data {args.data}: no images found")
-    pictures = Pictures(items, head["side"])
+    pictures = Pictures(items, backbone.side)
     features = extract_features(backbone, pictures, args.batch_size, args.workers, device, amp)
-    probability = torch.softmax((features - head["center"]) / head["scale"] @ weight + head["bias"], dim=1)
+    probability = torch.softmax(features @ weight + head["bias"], dim=1)
     with open(path.parent / "predictions.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "class", "probability"])
@@ -713,4 +847,4 @@ def cosine_schedule(step, total, warmup, base, final=0.0):
 
 
 if __name__ == "__main__":
-    evaluate(tyro.cli(Args, description=__doc__))
+    evaluate(tyro.cli(Args, description=__doc__, args=expand_preset(sys.argv[1:])))

@@ -102,7 +102,7 @@ def test_logreg_picks_a_penalty_for_noisy_features():
     assert chosen["penalty"] >= 0.01
     features, labels = clusters(300)
     weight, bias, _ = logreg(features, labels, 3)
-    assert accuracy(features.double() @ weight + bias, labels)["top1"] == 100
+    assert accuracy(features @ weight + bias, labels)["top1"] == 100
 
 
 # Linear probe
@@ -111,13 +111,13 @@ def test_logreg_picks_a_penalty_for_noisy_features():
 def test_linear_probe_is_sgd_and_picks_its_rate():
     """One rate of the grid against torch.optim.SGD on the same batches."""
     features, labels = clusters(300, noise=1.0)
-    weight, bias, chosen = linear_probe(lambda epoch: features, labels, 3, epochs=5, batch_size=64, seed=3)
+    weight, bias, chosen = linear_probe(features, labels, 3, Args(epochs=5, batch_size=64), seed=3)
     held = eval_linear.stratified_folds(labels, 10, 3) == 0
     train = (~held).nonzero()[:, 0]
     layer = torch.nn.Linear(8, 3)
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
-    peak = chosen["base_lr"] * 64 / 256
+    peak = chosen["rate"] * 64 / 256
     optimizer = torch.optim.SGD(layer.parameters(), peak, momentum=0.9, nesterov=True)
     generator, step, losses = torch.Generator().manual_seed(3), 0, []
     for _ in range(5):
@@ -139,7 +139,7 @@ def test_batch_norm_becomes_part_of_the_layer():
     """Oracle 2: BatchNorm in eval mode and a linear layer are one. Features of wild scales are learnt."""
     features, labels = clusters(300, noise=0.5)
     features = features * torch.logspace(-3, 3, 8) + 5
-    weight, bias, _ = linear_probe(lambda epoch: features, labels, 3, epochs=30, batch_size=64, norm=True)
+    weight, bias, _ = linear_probe(features, labels, 3, Args(epochs=30, batch_size=64, probe_norm=True))
     assert accuracy(features @ weight + bias, labels)["top1"] > 95
     norm = torch.nn.BatchNorm1d(8, eps=1e-6, affine=False).eval()
     norm.running_mean, norm.running_var = features.mean(0), features.var(0)
@@ -147,6 +147,136 @@ def test_batch_norm_becomes_part_of_the_layer():
     plain = torch.randn(8, 3)
     folded = plain * scale[:, None], -norm.running_mean @ (plain * scale[:, None])
     torch.testing.assert_close(features @ folded[0] + folded[1], norm(features) @ plain, atol=1e-3, rtol=1e-3)
+
+
+def test_linear_probe_with_one_rate_trains_on_every_label():
+    """...and follows MoCo's steps: the rate falls to a tenth at the epochs given."""
+    features, labels = clusters(60, noise=1.0)
+    args = Args(epochs=4, batch_size=60, rates=(1.0,), decay_epochs=(1, 3), optimizer="sgd", weight_decay=0.1)
+    weight, bias, chosen = linear_probe(features, labels, 3, args)
+    layer = torch.nn.Linear(8, 3)
+    torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
+    groups = [{"params": layer.weight, "weight_decay": 0.1}, {"params": layer.bias}]
+    optimizer = torch.optim.SGD(groups, 1.0, momentum=0.9)
+    for factor in (1.0, 0.1, 0.1, 0.01):
+        for group in optimizer.param_groups:
+            group["lr"] = factor * 60 / 256
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(layer(features), labels).backward()
+        optimizer.step()
+    assert chosen == {"rate": 1.0}
+    torch.testing.assert_close(weight, layer.weight.detach().T, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(bias, layer.bias.detach(), atol=1e-6, rtol=1e-5)
+
+
+def test_schedule_of_maes_probe():
+    """Oracle 4: peak 6.4, warm-up 10, 90 epochs."""
+    rates = [eval_linear.cosine_schedule(epoch, 90, 10, 6.4) for epoch in (5, 10, 50, 90)]
+    assert rates == pytest.approx([3.2, 6.4, 3.2, 0.0])
+
+
+def test_presets_are_the_sheet_s_and_flags_win():
+    import tyro
+
+    def parsed(words):
+        return tyro.cli(Args, args=eval_linear.expand_preset(words.split()))
+
+    for name in eval_linear.PRESETS:
+        assert parsed(f"--preset {name}").mode == name.split("-")[1]
+    assert parsed("--preset moco-linear").rates == (30.0,)
+    assert parsed("--preset=moco-linear").decay_epochs == (60, 80)
+    dino = parsed("--preset dino-linear --epochs 7")
+    assert (dino.layers, dino.epochs, dino.rates, dino.augment) == ((-4, -3, -2, -1), 7, (0.001,), True)
+    assert len(parsed("--preset dinov2-linear").rates) == 13
+    mae = parsed("--preset mae-finetune --no-rand-augment")
+    assert (mae.base_lr, mae.layer_decay, mae.warmup_epochs, mae.epochs) == (5e-4, 0.65, 5.0, 100)
+    assert mae.optimizer == "adamw" and not mae.rand_augment and parsed("").rates == ()
+    with pytest.raises(SystemExit, match="--preset mea-linear: must be one of simclr-linear, "):
+        parsed("--preset mea-linear")
+
+
+# The ViT
+
+
+@pytest.fixture
+def vit_file(tmp_path):
+    """A vit_nano of 32 px and patch 8 in a run folder."""
+    torch.manual_seed(0)
+    net = eval_linear.ViT("vit_nano", 8, 32)
+    args = simclr.Args(image_size=32)
+    args.arch = "vit_nano"
+    (tmp_path / "run").mkdir()
+    options = {"patch_size": 8, "xavier": True, "fixed_positions": True}
+    simclr.export_backbone(tmp_path / "run", "mae", args, 128, net.state_dict(), **options)
+    return tmp_path / "run/backbone.pt"
+
+
+def test_vit_is_timms(vit_file):
+    import timm
+
+    ours = load_backbone(str(vit_file), layers=(1, -1), feature="both").net.eval()
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
+    theirs = timm.models.VisionTransformer(**options, num_classes=0).eval()
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        inner = theirs.forward_intermediates(
+            images, [1, 5], return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
+        )
+        expected = [part for tokens, cls in inner for part in (cls[:, 0], tokens.mean(dim=1))]
+        torch.testing.assert_close(ours(images), torch.cat(expected, dim=1), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            load_backbone(str(vit_file)).net.eval()(images), theirs(images), atol=1e-5, rtol=1e-5
+        )
+
+
+def test_positions_of_another_size():
+    """Oracle 9: the same grid is the same tensor, constants stay, [CLS] stays; timm's resize otherwise."""
+    from timm.layers import resample_abs_pos_embed
+
+    table = torch.randn(1, 17, 8)
+    assert eval_linear.resize_positions(table, 4, 4) is table
+    larger = eval_linear.resize_positions(table, 6, 8)
+    assert larger.shape == (1, 49, 8) and torch.equal(larger[:, 0], table[:, 0])
+    theirs = resample_abs_pos_embed(table, [6, 8], antialias=False)
+    torch.testing.assert_close(larger, theirs, atol=1e-5, rtol=1e-5)
+    constant = eval_linear.resize_positions(torch.full((1, 17, 8), 0.3), 7, 7)
+    torch.testing.assert_close(constant, torch.full((1, 50, 8), 0.3))
+
+
+def test_vit_features_and_random_weights(vit_file):
+    learnt, again = load_backbone(str(vit_file)), load_backbone(f"random:{vit_file}", seed=1)
+    assert torch.equal(learnt.net.pos_embed, again.net.pos_embed)  # of MAE they are fixed
+    assert not torch.equal(learnt.net.blocks[0].attn.qkv.weight, again.net.blocks[0].attn.qkv.weight)
+    bound = (6 / (4 * 128)) ** 0.5  # xavier of the fused qkv
+    assert again.net.blocks[0].attn.qkv.weight.abs().max() <= bound
+    assert again.net.blocks[0].attn.qkv.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
+    assert learnt.net.feature == "cls" and load_backbone(str(vit_file), mode="finetune").net.feature == "mean"
+    assert load_backbone(str(vit_file), side=64)(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (
+        1,
+        128,
+    )
+    net = load_backbone(str(vit_file), mode="finetune").net
+    net.start_finetune(0.1)
+    assert [round(block.drop_path, 2) for block in net.blocks] == [0, 0.02, 0.04, 0.06, 0.08, 0.1]
+    assert isinstance(net.norm, torch.nn.Identity) and isinstance(net.fc_norm, torch.nn.LayerNorm)
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(net.eval()(images), net(images))
+        assert not torch.equal(net.train()(images), net.eval()(images))
+
+
+@pytest.mark.parametrize("mode", ["knn", "linear", "finetune"])
+def test_vit_in_every_kind_of_mode(vit_file, mode, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"labels": 100, "epochs": 2, "workers": 0, "batch_size": 50}
+    result = evaluate(Args(str(vit_file), mode, **options, layers=(-2, -1), drop_path=0.1))
+    assert result["n"] == 2048 and result["feature"] == "mae vit_nano"
+    if mode == "finetune":
+        (tmp_path / "photos").mkdir()
+        for i in range(3):
+            simclr.demo_image(i)[0].save(tmp_path / f"photos/{i}.png")
+        assert evaluate(Args(str(vit_file), "predict", data="photos", workers=0)) == {"n": 3}
 
 
 # Fine-tuning: oracle 3
@@ -205,6 +335,42 @@ alone = eval_linear.extract_features(backbone, pictures, 4)
 dist.init_process_group("gloo")
 both = eval_linear.extract_features(backbone, pictures, 4)
 assert both.shape == (11, 512) and (both - alone).abs().max() < 1e-5 and alone.norm(dim=1).min() > 0.1
+dist.destroy_process_group()
+""",
+    )
+
+
+def test_finetune_in_two_processes_is_finetune_in_one(tmp_path, vit_file):
+    """Without random crops: the same loss surface, the same weights, and each test image counted once."""
+    run_processes(
+        tmp_path,
+        f"""
+import torch, torch.distributed as dist, eval_linear
+crop = torch.nn.Identity
+eval_linear.random_crop = lambda size, scale: torch.nn.Sequential(
+    eval_linear.v2.Resize((size, size))
+)
+args = eval_linear.Args({str(vit_file)!r}, "finetune", workers=0, batch_size=8, base_lr=1.0)
+items, labels = list(range(40)), torch.arange(40) % 2
+def tuned():
+    backbone = eval_linear.load_backbone(args.backbone, mode="finetune")
+    pictures = eval_linear.Pictures(items, 32, eval_linear.random_crop(32, 1))
+    head = eval_linear.finetune(backbone, pictures, labels, 2, 1, args, torch.device("cpu"))
+    return torch.cat([p.detach().flatten() for p in (*backbone.parameters(), *head.parameters())])
+sampler = eval_linear.DistributedSampler
+class Whole(sampler):
+    def __iter__(self):  # the batches that two processes see together
+        parts = [list(sampler(self.dataset, 2, rank, seed=self.seed, drop_last=True)) for rank in (0, 1)]
+        return iter([i for k in range(0, 20, 4) for part in parts for i in part[k : k + 4]])
+eval_linear.DistributedSampler = Whole
+torch.manual_seed(0)
+alone = tuned()
+eval_linear.DistributedSampler = sampler
+dist.init_process_group("gloo")
+both = tuned()
+assert (both - alone).abs().max() < 1e-5, (both - alone).abs().max()
+start = eval_linear.load_backbone(args.backbone, mode="finetune")
+assert (torch.cat([p.detach().flatten() for p in start.parameters()]) - both[: -258]).abs().max() > 1e-4
 dist.destroy_process_group()
 """,
     )
@@ -308,12 +474,31 @@ def test_every_mode_on_class_folders(photos, tmp_path, backbone_file, mode, monk
 
 def test_every_option_of_finetune_together(tmp_path, backbone_file, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = {"tuner": "adamw", "base_lr": 1e-3, "layer_decay": 0.75, "mixup": 0.8, "cutmix": 1.0}
+    options = {"optimizer": "adamw", "base_lr": 1e-3, "layer_decay": 0.75, "mixup": 0.8, "cutmix": 1.0}
     options |= {"label_smoothing": 0.1, "rand_augment": True, "warmup_epochs": 1.0, "weight_decay": 0.05}
     result = evaluate(
         Args(str(backbone_file), "finetune", labels=64, epochs=2, batch_size=16, workers=0, **options)
     )
     assert result["labels"] == 64 and result["n"] == 2048
+
+
+def test_finetune_starts_each_fold_from_the_backbone(tmp_path, backbone_file, monkeypatch):
+    """What a fold has seen must not reach the next one, which is tested on it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flat").mkdir()
+    for i in range(15):
+        simclr.demo_image(i)[0].save(tmp_path / f"flat/{i}.png")
+    write_csv("two.csv", [(f"{i}.png", "ab"[i % 2]) for i in range(15)])
+    started, tune = [], eval_linear.finetune
+
+    def watched(backbone, *rest):
+        started.append(eval_linear.fingerprint(backbone))
+        return tune(backbone, *rest)
+
+    monkeypatch.setattr(eval_linear, "finetune", watched)
+    options = {"data": "flat", "labels_csv": "two.csv", "epochs": 1, "workers": 0}
+    result = evaluate(Args(str(backbone_file), "finetune", **options))
+    assert len(result["results"]) == 5 and len(started) == 6 and len(set(started)) == 1
 
 
 def test_watch_follows_a_run(tmp_path, backbone_file):
