@@ -67,7 +67,7 @@ class Args:
     layers: tuple[int, ...] = (-1,)  # of ViTs: blocks whose features stand side by side (DINO: -4 -3 -2 -1)
     epochs: int = 0  # passes over the data (paper: 90; finetune 60 or 30. 0: 100; 60 up to 1 % labels, 30)
     batch_size: int = 256  # images per step, of all processes together
-    base_lr: float = 0.05  # finetune: times batch / 256 is the learning rate (paper: 0.05 for SimCLR)
+    base_lr: float = 0.05  # times batch / 256 is the learning rate (paper: of finetune 0.05 in SimCLR)
     rates: tuple[float, ...] = ()  # the same of linear, the best is kept; none: 0.001 0.003 0.01 ... 10 30
     decay_epochs: tuple[int, ...] = ()  # linear: a tenth of the rate from each on, not a cosine (MoCo: 60 80)
     optimizer: Literal["nesterov", "sgd", "adamw"] = "nesterov"  # momentum 0.9; adamw 0.9, 0.999
