@@ -70,7 +70,7 @@ class Args:
     base_lr: float = 0.05  # times batch / 256 is the learning rate (paper: of finetune 0.05 in SimCLR)
     rates: tuple[float, ...] = ()  # the same of linear, the best is kept; none: 0.001 0.003 0.01 ... 10 30
     decay_epochs: tuple[int, ...] = ()  # linear: a tenth of the rate from each on, not a cosine (MoCo: 60 80)
-    optimizer: Literal["nesterov", "sgd", "adamw"] = "nesterov"  # momentum 0.9; adamw 0.9, 0.999
+    solver: Literal["nesterov", "sgd", "adamw"] = "nesterov"  # momentum 0.9; adamw 0.9, 0.999
     weight_decay: float = 0.0  # not on biases and norms (paper: 0)
     warmup_epochs: float = 0.0  # linear from 0 (paper: 0 for SimCLR; MAE 10, finetune 5)
     probe_norm: bool = False  # linear: BatchNorm without weights before the layer (MAE's probe, eps 1e-6)
@@ -89,22 +89,22 @@ class Args:
 
 
 # Rates are those at batch 256; cosines go by steps (MoCo v3, DINO, BEiT: by epochs) to 0 (MAE, BEiT: 1e-6).
-PROBE = "--mode linear --augment --optimizer sgd --batch-size"
-MASKED = "--mode finetune --feature mean --optimizer adamw --batch-size 1024 --epochs 100 --weight-decay 0.05"
+PROBE = "--mode linear --augment --solver sgd --batch-size"
+MASKED = "--mode finetune --feature mean --solver adamw --batch-size 1024 --epochs 100 --weight-decay 0.05"
 MASKED += " --layer-decay 0.65 --drop-path 0.1 --mixup 0.8 --cutmix 1 --label-smoothing 0.1 --rand-augment"
 PRESETS = {
-    "simclr-linear": f"{PROBE} 4096 --optimizer nesterov --rates 0.1 --epochs 90",  # 2002.05709 B.6
-    "simclr-finetune": "--mode finetune --optimizer nesterov --batch-size 4096 --base-lr 0.05",  # B.5
+    "simclr-linear": f"{PROBE} 4096 --solver nesterov --rates 0.1 --epochs 90",  # 2002.05709 B.6
+    "simclr-finetune": "--mode finetune --solver nesterov --batch-size 4096 --base-lr 0.05",  # B.5
     "moco-linear": f"{PROBE} 256 --rates 30 --epochs 100 --decay-epochs 60 80",  # main_lincls.py
     "moco_v3-linear": f"{PROBE} 1024 --rates 3 --epochs 90",  # CONFIG.md, of ViTs; ResNet-50: --rates 0.1
-    "byol-linear": f"{PROBE} 1024 --optimizer nesterov --rates 0.4 0.3 0.2 0.1 0.05 --epochs 80",  # C.1
+    "byol-linear": f"{PROBE} 1024 --solver nesterov --rates 0.4 0.3 0.2 0.1 0.05 --epochs 80",  # C.1
     "dino-linear": f"{PROBE} 1024 --rates 0.001 --epochs 100 --layers -4 -3 -2 -1",  # eval_linear.py, ViT-S
     "dinov2-linear": f"{PROBE} 1024 --epochs 10 --feature both --rates 1e-5 2e-5 5e-5 1e-4 2e-4 5e-4 "
     "1e-3 2e-3 5e-3 1e-2 2e-2 5e-2 0.1",  # eval/linear.py, one of its four features
     "mae-linear": f"{PROBE} 4096 --probe-norm --epochs 90 --warmup-epochs 10",  # 2111.06377 Table 10, whose
     # LARS at batch 16384 may be SGD at 4096 (its caption); the rate of LARS, 0.1, is none of SGD's: a grid
     "mae-finetune": f"{MASKED} --base-lr 5e-4 --warmup-epochs 5",  # FINETUNE.md, of ViT-B
-    "beit-linear": f"{PROBE} 1024 --optimizer adamw --rates 1e-3 --weight-decay 1e-4 --epochs 50 "
+    "beit-linear": f"{PROBE} 1024 --solver adamw --rates 1e-3 --weight-decay 1e-4 --epochs 50 "
     "--feature mean --layers 8",  # 2106.08254 App. D: the ninth block of ViT-B
     "beit-finetune": f"{MASKED} --base-lr 1e-3 --warmup-epochs 20",  # README, of ViT-B
 }
@@ -489,7 +489,7 @@ def linear_probe(features, labels, classes, args, seed=0, augmented=None):
         scale = {"lr_scale": rate * min(args.batch_size, len(train)) / 256}
         groups.append({"params": weights[-1:], "weight_decay": args.weight_decay} | scale)
         groups.append({"params": biases[-1:], "weight_decay": 0.0} | scale)
-    optimizer = make_optimizer(args.optimizer, groups, lr=0.0)
+    optimizer = make_optimizer(args.solver, groups, lr=0.0)
     for epoch in tqdm(range(epochs), desc="linear", leave=False):
         rows = augmented(epoch) if augmented else features
         order = train[torch.randperm(len(train), generator=generator)]
@@ -553,7 +553,7 @@ def finetune(backbone, train, labels, classes, epochs, args, device, amp=None, s
     batch_size = min(args.batch_size, len(train)) // world
     peak_lr = args.base_lr * batch_size * world / 256
     groups = layer_groups(backbone.net, head, args.weight_decay, args.layer_decay)
-    optimizer = make_optimizer(args.optimizer, groups, peak_lr)
+    optimizer = make_optimizer(args.solver, groups, peak_lr)
     mixes = [v2.MixUp(alpha=args.mixup, num_classes=classes)] if args.mixup else []
     mixes += [v2.CutMix(alpha=args.cutmix, num_classes=classes)] if args.cutmix else []
     mix = v2.RandomChoice(mixes) if mixes else None

@@ -152,7 +152,7 @@ def test_batch_norm_becomes_part_of_the_layer():
 def test_linear_probe_with_one_rate_trains_on_every_label():
     """...and follows MoCo's steps: the rate falls to a tenth at the epochs given."""
     features, labels = clusters(60, noise=1.0)
-    args = Args(epochs=4, batch_size=60, rates=(1.0,), decay_epochs=(1, 3), optimizer="sgd", weight_decay=0.1)
+    args = Args(epochs=4, batch_size=60, rates=(1.0,), decay_epochs=(1, 3), solver="sgd", weight_decay=0.1)
     weight, bias, chosen = linear_probe(features, labels, 3, args)
     layer = torch.nn.Linear(8, 3)
     torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
@@ -190,7 +190,7 @@ def test_presets_are_the_sheet_s_and_flags_win():
     assert len(parsed("--preset dinov2-linear").rates) == 13
     mae = parsed("--preset mae-finetune --no-rand-augment")
     assert (mae.base_lr, mae.layer_decay, mae.warmup_epochs, mae.epochs) == (5e-4, 0.65, 5.0, 100)
-    assert mae.optimizer == "adamw" and not mae.rand_augment and parsed("").rates == ()
+    assert mae.solver == "adamw" and not mae.rand_augment and parsed("").rates == ()
     with pytest.raises(SystemExit, match="--preset mea-linear: must be one of simclr-linear, "):
         parsed("--preset mea-linear")
 
@@ -474,7 +474,7 @@ def test_every_mode_on_class_folders(photos, tmp_path, backbone_file, mode, monk
 
 def test_every_option_of_finetune_together(tmp_path, backbone_file, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = {"optimizer": "adamw", "base_lr": 1e-3, "layer_decay": 0.75, "mixup": 0.8, "cutmix": 1.0}
+    options = {"solver": "adamw", "base_lr": 1e-3, "layer_decay": 0.75, "mixup": 0.8, "cutmix": 1.0}
     options |= {"label_smoothing": 0.1, "rand_augment": True, "warmup_epochs": 1.0, "weight_decay": 0.05}
     result = evaluate(
         Args(str(backbone_file), "finetune", labels=64, epochs=2, batch_size=16, workers=0, **options)
