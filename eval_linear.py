@@ -28,6 +28,7 @@ import re
 import sys
 import time
 import zlib
+from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -242,24 +243,15 @@ class Attention(nn.Module):
         return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
 
 
-class Mlp(nn.Module):
-    """Two linear layers with GELU between, for each token (B, N, D)."""
-
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
-    """Pre-norm transformer block of tokens (B, N, D), in timm's names. Uses Attention, Mlp."""
+    """Pre-norm transformer block of tokens (B, N, D), in timm's names. Uses Attention."""
 
     def __init__(self, dim, heads, drop_path=0.0):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn, self.mlp, self.drop_path = Attention(dim, heads), Mlp(dim, 4 * dim), drop_path
+        self.attn, self.drop_path = Attention(dim, heads), drop_path
+        layers = OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim))
+        self.mlp = nn.Sequential(layers)
 
     def forward(self, x):
         x = x + stochastic_depth(self.attn(self.norm1(x)), self.drop_path, "row", self.training)
@@ -280,8 +272,7 @@ class ViT(nn.Module):
     def __init__(self, arch, patch_size, image_size, xavier=False, feature="cls", layers=(-1,)):
         super().__init__()
         dim, depth, heads = VITS[arch]
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + (image_size // patch_size) ** 2, dim))
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
@@ -293,7 +284,7 @@ class ViT(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, images):
-        x = self.patch_embed.proj(images)
+        x = self.patch_embed(images)
         pos_embed = resize_positions(self.pos_embed, *x.shape[2:])
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).mT], dim=1) + pos_embed
         parts = []
@@ -713,7 +704,7 @@ def report(args, results, labels, backbone):
     table = {}
     for result in results:
         table.setdefault(result["choice"] if args.mode == "knn" else args.mode, []).append(result)
-    count = f"{labels} labels, {results[0]['n']} test images, {len(results)} results"
+    count = f"{labels} labels, {results[0]['n']} test images, {len(results) // len(table)} results"
     print(f"\n{args.backbone} on {args.data}: {count}")
     print(f"{'':12}{'top-1':>14}{'top-5':>8}{'per class':>11}")
     out = {"mode": args.mode, "backbone": args.backbone, "data": args.data, "labels": labels}

@@ -295,7 +295,7 @@ WORLD = dict(house=0x183C7EFFFF7E6666, tree=0x183C7E3C7EFF1818, car=0x3C2CFFFFFF
 WORLD |= dict(cat=0x81C3FF99FF7E3C18, mushroom=0x3C7EFFFF18181C3C, cup=0x00FCFEFEFCFC7800)
 WORLD |= dict(key=0x1C22221C08180C08, bird=0x060FC67EFE7C1018, flower=0x185A3C185ADB7E18)  # 8 x 8 bitmaps
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-NOT_TRAINING = ("workers", "device", "compile", "run_dir", "restart", "log_every", "checkpoint_every")
+NOT_TRAINING = "workers device compile run_dir restart log_every checkpoint_every picture_every".split()
 
 
 def demo_image(index):

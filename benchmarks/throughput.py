@@ -5,6 +5,7 @@
 Pipeline: milliseconds of one core for one view, decoding not counted (it is the same for all).
 Step: images a second of forward, loss, backward and optimiser step on ready views, all cores.
 Same network, batch, threads and inputs; medians over the rounds, and the ratio to the peer.
+MAE: the step also beside the same model with all tokens in the encoder, and its multiply-adds.
 """
 
 import statistics
@@ -21,6 +22,7 @@ from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import mae  # noqa: E402
 import simclr  # noqa: E402
 
 
@@ -128,14 +130,74 @@ def simclr_step(batch_size, rounds):
         print(f"  {name:22} {rate:7.1f}   ours / this {rates['ours'] / rate:.2f}")
 
 
-def main(rounds: int = 9, data: str = "", batch_size: int = 256, count: int = 128):
-    """Compare with lightly; --data: a folder of photos (default: the built-in images), --count of them."""
+def mae_step(batch_size, rounds, image_size=32, patch_size=4):
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    images, (dim, depth, heads) = torch.randn(batch_size, 3, image_size, image_size), mae.VITS["vit_nano"]
+    ddim, ddepth, dheads = mae.DECODERS["vit_nano"]
+    config = ViTMAEConfig(
+        image_size=image_size,
+        patch_size=patch_size,
+        layer_norm_eps=1e-6,
+        **dict(
+            hidden_size=dim, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4 * dim
+        ),
+        **dict(
+            decoder_hidden_size=ddim, decoder_num_hidden_layers=ddepth, decoder_num_attention_heads=dheads
+        ),
+        decoder_intermediate_size=4 * ddim,
+    )
+    ours, theirs = mae.MAE("vit_nano", image_size, patch_size), ViTMAEForPreTraining(config)
+
+    def stepper(model, loss_of):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, 1e-4, betas=(0.9, 0.95), fused=True)
+
+        def step():
+            optimizer.zero_grad()
+            loss_of().backward()
+            optimizer.step()
+
+        return step
+
+    hidden = mae.random_masking(torch.zeros(batch_size, (image_size // patch_size) ** 2, 1), 0.75)[1]
+
+    def loss_of(mask_ratio):
+        pred, mask = ours(images, mask_ratio)
+        mask = mask if mask_ratio else hidden  # the same loss where the encoder has seen everything
+        return mae.mae_loss(pred, mae.pixel_targets(images, patch_size, False)[0], mask)
+
+    contestants = {
+        "ours, mask 0.75": stepper(ours, lambda: loss_of(0.75)),
+        "ours, all tokens in the encoder": stepper(ours, lambda: loss_of(0.0)),
+        "transformers, mask 0.75": stepper(theirs, lambda: theirs(images).loss),
+    }
+    rates = {name: batch_size / t for name, t in medians(contestants, rounds).items()}
+    n = (image_size // patch_size) ** 2
+
+    def multiply_adds(tokens, width, blocks):
+        return blocks * (12 * tokens * width**2 + 2 * tokens**2 * width)
+
+    decoder = multiply_adds(n + 1, ddim, ddepth)
+    masked, full = (multiply_adds(1 + kept, dim, depth) + decoder for kept in (n // 4, n))
+    print(f"\nMAE step, vit_nano, {image_size} px, patch {patch_size}, batch {batch_size}, images a second")
+    for name, rate in rates.items():
+        print(f"  {name:32} {rate:7.1f}   ours / this {rates['ours, mask 0.75'] / rate:.2f}")
+    print(f"  multiply-adds of the blocks, all tokens / mask 0.75: {full / masked:.2f}")
+
+
+def main(rounds: int = 9, data: str = "", batch_size: int = 256, count: int = 128, only: str = ""):
+    """Compare with lightly, transformers; --data: a folder of photos (default: the built-in images), --count
+    of them; --only mae or simclr."""
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {rounds} rounds, medians")
-    for side in (224, 32):
-        simclr_pipeline(side, photos(data, side, count), rounds)
-    simclr_step(batch_size, rounds)
+    if only != "mae":
+        for side in (224, 32):
+            simclr_pipeline(side, photos(data, side, count), rounds)
+        simclr_step(batch_size, rounds)
+    if only != "simclr":
+        mae_step(batch_size, rounds)
 
 
 if __name__ == "__main__":

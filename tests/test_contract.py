@@ -504,7 +504,7 @@ def test_monitor_oracles(module):
 
 
 # For each safeguard the flags that remove it; a run of 60 steps on the demo images is long enough to see it.
-SAFEGUARDS = {"simclr": [{"negatives": False}]}
+SAFEGUARDS = {"simclr": [{"negatives": False}], "mae": []}  # mae: random targets, in test_mae.py
 SHORT = {
     "data": "demo",
     "epochs": 1,

@@ -19,6 +19,7 @@ PACKAGES = {"torch", "torchvision", "einops", "tyro", "tensorboard", "tqdm"}
 PUBLIC = {  # DESIGN section 7
     "all": "collapse_metrics save_checkpoint load_checkpoint export_backbone cosine_schedule",
     "simclr": "SimCLR nt_xent LARS",
+    "mae": "MAE patchify unpatchify random_masking mae_loss",
 }
 every_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 every_training_script = pytest.mark.parametrize("script", TRAINING)

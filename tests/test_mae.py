@@ -1,0 +1,420 @@
+"""mae.py against its fact sheet's oracles, transformers and timm."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+import tyro
+from conftest import run_processes, tiny_args
+
+import eval_linear
+import mae
+from mae import MAE, mae_loss, patchify, pixel_targets, random_masking, reconstruction_metrics, unpatchify
+
+
+def small(**options):
+    """vit_nano for 32 px and patch 8: 16 patches."""
+    torch.manual_seed(0)
+    return MAE("vit_nano", 32, 8, **options)
+
+
+def images(n=3, size=32, seed=1):
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+# Patches: oracle 1
+
+
+def test_patches_are_rows_columns_channels():
+    grid = torch.arange(48.0).view(1, 3, 4, 4)
+    patches = patchify(grid, 2)
+    assert patches[0, 0].tolist() == [0, 16, 32, 1, 17, 33, 4, 20, 36, 5, 21, 37]
+    assert patches[0, 1, :3].tolist() == [2, 18, 34]
+    assert torch.equal(unpatchify(patches, 2), grid)
+    random = images(2, 24)
+    assert torch.equal(unpatchify(patchify(random, 4), 4), random)
+
+
+# Masking: oracle 2
+
+
+def test_masking_by_noise():
+    noise = torch.tensor([[0.9, 0.1, 0.5, 0.3]])
+    x = torch.arange(4.0).view(1, 4, 1)
+    kept, mask, ids_restore = random_masking(x, 0.75, noise)
+    assert kept.tolist() == [[[1.0]]] and mask.tolist() == [[1, 0, 1, 1]]
+    assert ids_restore.tolist() == [[3, 0, 2, 1]]
+    kept, _, _ = random_masking(x, 0.5, noise)
+    assert kept.flatten().tolist() == [1, 3]  # in the order of the noise
+
+
+@pytest.mark.parametrize("n, hidden", [(64, 48), (196, 147), (256, 192)])
+def test_each_image_keeps_the_same_number(n, hidden):
+    x = torch.randn(5, n, 2)
+    kept, mask, _ = random_masking(x, 0.75)
+    assert mask.sum(dim=1).tolist() == [hidden] * 5 and kept.shape == (5, n - hidden, 2)
+    for i in range(5):
+        assert sorted(kept[i].tolist()) == sorted(x[i][mask[i] == 0].tolist())
+    assert not torch.equal(mask[0], mask[1])
+
+
+def test_the_official_rounding():
+    assert random_masking(torch.zeros(1, 100, 1), 0.9)[0].shape[1] == 9  # int(100 * (1 - .9))
+
+
+# The loss: oracles 3 and 4
+
+
+def test_visible_patches_do_not_count():
+    pred, target = torch.randn(2, 16, 12, requires_grad=True), torch.randn(2, 16, 12)
+    mask = random_masking(target, 0.75)[1]
+    loss = mae_loss(pred, target, mask)
+    slow = sum(
+        ((pred[b, i] - target[b, i]) ** 2).mean() for b in range(2) for i in range(16) if mask[b, i] == 1
+    )
+    assert loss.item() == pytest.approx(slow.item() / 24, rel=1e-6)
+    shifted = pred + 100 * (1 - mask)[:, :, None]
+    assert mae_loss(shifted, target, mask).item() == loss.item()
+    assert mae_loss(pred + 0.1, target, mask).item() != loss.item()
+    loss.backward()
+    assert pred.grad[mask == 0].abs().max() == 0 and pred.grad[mask == 1].abs().min() > 0
+
+
+def test_normalised_pixels():
+    target, mean, std = pixel_targets(torch.tensor([1.0, 2, 3, 4]).view(1, 1, 2, 2), 2, True)
+    expected = torch.tensor([-1.1619, -0.3873, 0.3873, 1.1619])
+    torch.testing.assert_close(target.flatten(), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(target * std + mean, torch.tensor([1.0, 2, 3, 4]).view(1, 1, 4))
+    for patch, expected in ((16, 0.998698), (8, 0.994792), (4, 0.979167)):
+        target, _, _ = pixel_targets(images(2, 32), patch, True)
+        loss = mae_loss(torch.zeros_like(target), target, torch.ones(target.shape[:2]))
+        assert loss.item() == pytest.approx(expected, abs=2e-6)
+    flat, _, _ = pixel_targets(torch.full((1, 3, 8, 8), 0.4), 8, True)
+    assert flat.abs().max() < 1e-3
+    raw, mean, std = pixel_targets(images(), 8, False)
+    assert torch.equal(raw, patchify(images(), 8)) and mean.eq(0).all() and std.eq(1).all()
+
+
+# Positions: oracle 5
+
+
+def test_positions_by_the_numbers():
+    table = mae.sincos_positions(8, 2)[0]
+    expected = torch.tensor(
+        [
+            [0.0] * 8,
+            [0, 0, 1, 1, 0, 0, 1, 1],
+            [0.841471, 0.01, 0.540302, 0.99995, 0, 0, 1, 1],
+            [0, 0, 1, 1, 0.841471, 0.01, 0.540302, 0.99995],
+        ]
+    )
+    torch.testing.assert_close(table[:4], expected, atol=1e-6, rtol=0)
+    table = mae.sincos_positions(768, 14)[0]
+    assert table.shape == (197, 768)
+    assert table[2, [1, 192, 384, 576]].tolist() == pytest.approx([0.815251, 0.540302, 0, 1], abs=1e-6)
+    torch.testing.assert_close(table[1:].square().sum(dim=1), torch.full((196,), 384.0))
+
+
+# The model: oracles 6, 7, 8 and 10
+
+
+def test_without_a_mask_the_encoder_is_a_plain_vit():
+    model, x, noise = small().eval(), images(), torch.rand(3, 16)
+    with torch.no_grad():
+        latent, mask, ids_restore = model.encode(x, 0.0, noise)
+        assert latent.shape == (3, 17, 128) and mask.sum() == 0
+        restored = latent[:, 1:].gather(1, ids_restore[:, :, None].expand(-1, -1, 128))
+        encoder = {k: v for k, v in model.state_dict().items() if "deco" not in k and k != "mask_token"}
+        import timm
+
+        options = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
+        theirs = timm.models.VisionTransformer(**options, num_classes=0).eval()
+        theirs.load_state_dict(encoder)
+        tokens = theirs.forward_features(x)
+        torch.testing.assert_close(latent[:, 0], tokens[:, 0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(restored, tokens[:, 1:], atol=1e-5, rtol=1e-5)
+        assert model.encode(x, 0.75, noise)[0].shape == (3, 1 + 4, 128)
+
+
+def test_order_of_the_kept_tokens_does_not_matter_to_the_decoder():
+    model = small().eval()
+    with torch.no_grad():
+        latent, mask, ids_restore = model.encode(images(), 0.5, torch.rand(3, 16))
+        order = torch.randperm(8)
+        place = torch.cat([order.argsort(), torch.arange(8, 16)])
+        shuffled = torch.cat([latent[:, :1], latent[:, 1:][:, order]], dim=1)
+        torch.testing.assert_close(
+            model.decode(shuffled, place[ids_restore]),
+            model.decode(latent, ids_restore),
+            atol=1e-5,
+            rtol=1e-5,
+        )
+        pred = model.decode(latent, ids_restore)
+        hidden = pred[0][mask[0] == 1]
+        assert (hidden[0] - hidden[1]).abs().max() > 1e-3  # mask tokens have positions
+
+
+def test_hidden_pixels_do_not_reach_the_encoder():
+    model, x, noise = small().eval(), images(), torch.rand(3, 16)
+    with torch.no_grad():
+        latent, mask, _ = model.encode(x, 0.75, noise)
+        changed = unpatchify(patchify(x, 8) + 10 * mask[:, :, None], 8)
+        assert torch.equal(model.encode(changed, 0.75, noise)[0], latent)
+        changed = unpatchify(patchify(x, 8) + 0.1 * (1 - mask)[:, :, None], 8)
+        assert not torch.equal(model.encode(changed, 0.75, noise)[0], latent)
+
+
+def test_what_learns_and_what_does_not():
+    model = small()
+    positions = model.pos_embed.clone(), model.decoder_pos_embed.clone()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.1)
+    pred, mask = model(images(), 0.75)
+    mae_loss(pred, patchify(images(), 8), mask).backward()
+    fixed = {name for name, p in model.named_parameters() if p.grad is None}
+    assert fixed == {"pos_embed", "decoder_pos_embed"}
+    assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.grad is not None)
+    optimizer.step()
+    assert torch.equal(model.pos_embed, positions[0]) and torch.equal(model.decoder_pos_embed, positions[1])
+
+
+def test_initialisation():
+    model = small()
+    qkv, conv = model.blocks[0].attn.qkv.weight, model.patch_embed.proj
+    bound = math.sqrt(6 / (4 * 128))  # of the fused matrix (3 D, D)
+    assert bound * 0.99 < qkv.abs().max() <= bound
+    assert conv.weight.abs().max() <= math.sqrt(6 / (128 + 192)) and conv.weight.std() > 0.05
+    assert 0 < conv.bias.abs().max() <= 1 / math.sqrt(192)
+    assert all(m.bias.abs().max() == 0 for m in model.modules() if isinstance(m, torch.nn.Linear))
+    assert model.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_official_names():
+    """The keys of the sheet's example: D 192, patch 4, 32 px, decoder 96 wide."""
+    shapes = {k: tuple(v.shape) for k, v in MAE("vit_tiny", 32, 4, (96, 2, 3)).state_dict().items()}
+    assert shapes["decoder_pred.weight"] == (48, 96) and shapes["pos_embed"] == (1, 65, 192)
+    assert shapes["decoder_embed.weight"] == (96, 192) and shapes["mask_token"] == (1, 1, 96)
+    assert shapes["decoder_pos_embed"] == (1, 65, 96) and shapes["cls_token"] == (1, 1, 192)
+    assert shapes["patch_embed.proj.weight"] == (192, 3, 4, 4)
+    suffixes = {
+        f"{a}.{b}"
+        for a in ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+        for b in ("weight", "bias")
+    }
+    for blocks, depth in (("blocks", 12), ("decoder_blocks", 2)):
+        keys = {key for key in shapes if key.startswith(f"{blocks}.")}
+        assert keys == {f"{blocks}.{i}.{suffix}" for i in range(depth) for suffix in suffixes}
+    others = {key for key in shapes if "blocks" not in key}
+    assert others == set(
+        """cls_token pos_embed mask_token decoder_pos_embed patch_embed.proj.weight patch_embed.proj.bias
+        norm.weight norm.bias decoder_embed.weight decoder_embed.bias decoder_norm.weight decoder_norm.bias
+        decoder_pred.weight decoder_pred.bias""".split()
+    )
+
+
+@pytest.mark.parametrize("arch, width, depth", [("vit_base", 768, 12), ("vit_large", 1024, 24)])
+def test_sizes_and_the_papers_decoder(arch, width, depth):
+    with torch.device("meta"):
+        model = MAE(arch, 224, 16)
+    assert len(model.blocks) == depth and model.norm.weight.shape == (width,)
+    assert len(model.decoder_blocks) == 8 and model.decoder_norm.weight.shape == (512,)
+    assert model.decoder_blocks[0].attn.heads == 16
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_loss_prediction_and_gradients_are_those_of_transformers(norm_pix):
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    names = {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 512}
+    decoder = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
+    names |= {f"decoder_{name}": value for name, value in decoder.items()}
+    config = ViTMAEConfig(
+        **names, image_size=32, patch_size=8, norm_pix_loss=norm_pix, layer_norm_eps=1e-6, mask_ratio=0.75
+    )
+    theirs, ours = ViTMAEForPreTraining(config), small(decoder=(64, 2, 2))
+    with torch.no_grad():
+        for p in ours.parameters():
+            p += 0.05 * torch.randn_like(p) * p.requires_grad  # also where the initial value is 0 or 1
+    state, copied = ours.state_dict(), {}
+    for key in theirs.state_dict():
+        name = key.replace("decoder.decoder_layers.", "decoder_blocks.").replace("vit.layers.", "blocks.")
+        name = name.replace("vit.embeddings.patch_embeddings.projection", "patch_embed.proj")
+        name = name.replace("vit.embeddings.position_embeddings", "pos_embed").replace(
+            "vit.layernorm", "norm"
+        )
+        name = name.replace("vit.embeddings.cls_token", "cls_token").replace("layernorm_before", "norm1")
+        name = name.replace("layernorm_after", "norm2").replace("attention.o_proj", "attn.proj")
+        name = name.removeprefix("decoder.")
+        part = re.search(r"attention\.([qkv])_proj", name)
+        if part:
+            name = name.replace(part[0], "attn.qkv")
+            copied[key] = (name, "qkv".index(part[1]))
+        else:
+            copied[key] = (name, None)
+    pick = lambda tensors, name, i: tensors[name] if i is None else tensors[name].chunk(3)[i]  # noqa: E731
+    theirs.load_state_dict({key: pick(state, *source) for key, source in copied.items()})
+    x, noise = images(), torch.rand(3, 16)
+    expected = theirs(x, noise=noise)
+    pred, mask = ours(x, 0.75, noise)
+    loss = mae_loss(pred, pixel_targets(x, 8, norm_pix)[0], mask)
+    assert torch.equal(mask, expected.mask)
+    torch.testing.assert_close(pred, expected.logits, atol=1e-5, rtol=1e-5)
+    assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+    loss.backward()
+    expected.loss.backward()
+    grads = {name: p.grad for name, p in ours.named_parameters()}
+    compared = 0
+    for key, p in theirs.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(pick(grads, *copied[key]), p.grad, atol=1e-5, rtol=1e-4)
+            compared += 1
+    assert compared > 8 * 12
+
+
+# Monitor
+
+
+def test_reconstruction_metrics():
+    target, mask = torch.randn(6, 16, 12), random_masking(torch.zeros(6, 16, 1), 0.75)[1]
+    hidden = target[mask == 1]
+    mean = hidden.mean(dim=0).expand_as(target)
+    assert [v.item() for v in reconstruction_metrics(target, target, mask)] == pytest.approx([1, 1], abs=1e-5)
+    assert [v.item() for v in reconstruction_metrics(mean, target, mask)] == pytest.approx([0, 0], abs=1e-5)
+    half = mean + 0.5 * (target - mean)
+    r2, variance = reconstruction_metrics(half, target, mask)
+    assert (r2.item(), variance.item()) == pytest.approx((0.75, 0.25), abs=1e-5)
+    noisy = target + 100 * (1 - mask)[:, :, None]  # visible patches do not count
+    assert reconstruction_metrics(noisy, target, mask)[0].item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_picture_of_a_perfect_prediction_is_the_image(norm_pix):
+    x = (torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0)) - 0.45) / 0.225
+    target, mean, std = pixel_targets(x, 16, norm_pix)
+    mask = random_masking(target, 0.75)[1]
+    page = mae.reconstruction_picture(x, target, mask, mean, std, 16).float() / 255
+    assert page.shape == (3, 16 + 2 * 132 + 4, 4 * 132 + 4)
+    pixels = x * torch.tensor(mae.STD).view(3, 1, 1) + torch.tensor(mae.MEAN).view(3, 1, 1)
+    for row in range(2):
+        top = 16 + 4 + 132 * row
+        for column in (0, 2, 3):
+            panel = page[:, top : top + 128, 4 + 132 * column : 132 * (column + 1)]
+            torch.testing.assert_close(panel, pixels[row].clamp(0, 1), atol=1.1 / 255, rtol=0)
+    masked = page[:, 20:148, 136:264]
+    hidden = unpatchify(mask[:1, :, None].expand(-1, -1, 768), 16)[0] > 0
+    gray = torch.tensor(mae.MEAN).view(3, 1, 1).expand_as(masked)
+    torch.testing.assert_close(masked[hidden], gray[hidden], atol=1.1 / 255, rtol=0)
+    words = page[:, :16].amin(dim=(0, 1)) < 0.5
+    assert all(words[4 + 132 * i : 132 * (i + 1)].any() for i in range(4))  # a label above each column
+
+
+def test_random_targets_ring_the_alarm(tmp_path, monkeypatch, capsys):
+    """The control of DESIGN section 9: nothing can be predicted, R2 stays at 0."""
+    real = mae.pixel_targets
+
+    def noise(*args):
+        target, mean, std = real(*args)
+        return torch.randn_like(target), mean, std
+
+    monkeypatch.setattr(mae, "pixel_targets", noise)
+    args = tiny_args("mae", data="demo", epochs=1, batch_size=64, log_every=3, warmup_epochs=0.1)
+    args.run_dir = str(tmp_path)
+    metrics = mae.train(args)
+    assert metrics["monitor/alarm"] == 1 and metrics["mae/r2"] < 0.01
+    assert "it predicts the mean" in capsys.readouterr().out
+
+
+# Training
+
+
+def test_schedule():
+    """Oracle 9."""
+    factors = [mae.cosine_schedule(epoch, 800, 40, 1.0) for epoch in (0, 20, 40, 420, 800)]
+    assert factors == pytest.approx([0, 0.5, 1, 0.5, 0])
+
+
+def test_learning_rates_and_groups_of_a_run(folder, tmp_path, monkeypatch):
+    seen, adamw = [], torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: seen.append((a, k)) or adamw(*a, **k))
+    mae.train(tiny_args("mae", data=str(folder), base_lr=0.3, run_dir=str(tmp_path), warmup_epochs=1.4))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    expected = [mae.cosine_schedule(step, 20, 7, 0.3 * 8 / 256) for step in range(20)]
+    assert [line["train/lr"] for line in lines] == expected
+    (groups, _), options = seen[0]
+    assert options["betas"] == (0.9, 0.95)
+    assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
+    assert all(p.ndim > 1 for p in groups[0]["params"]) and all(p.ndim == 1 for p in groups[1]["params"])
+    model = small()
+    assert sum(len(group["params"]) for group in groups) == len([*model.parameters()]) - 2  # fixed positions
+
+
+def test_training_is_the_same_in_chunks_and_in_processes(tmp_path):
+    """1 process = chunks = 2 processes = 2 in chunks."""
+    code = """
+import mae
+args = mae.Args(
+    data="photos", image_size=16, patch_size=4, batch_size=24, epochs=1, warmup_epochs=0.01, workers=0,
+    log_every=1, micro_batch_size=MICRO, run_dir="RUN", norm_pix=True,
+)
+mae.train(args)
+"""
+    (tmp_path / "photos").mkdir()
+    for i in range(144):
+        mae.demo_image(i)[0].save(tmp_path / "photos" / f"{i:03d}.png")
+    curves = {}
+    for n, micro in ((1, 0), (1, 5), (2, 0), (2, 5)):
+        name = f"run{n}{micro}"
+        run_processes(tmp_path, code.replace("MICRO", str(micro)).replace("RUN", name), n)
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        curves[name] = lines
+        assert len(lines) == 6
+        for line, first in zip(lines, curves["run10"], strict=True):
+            for tag in ("train/loss", "train/grad_norm", "mae/r2", "mae/prediction_variance"):
+                assert line[tag] == pytest.approx(first[tag], rel=2e-4, abs=2e-5), (name, tag)
+    assert lines[0]["train/loss"] != pytest.approx(lines[-1]["train/loss"], rel=1e-3)
+
+
+def test_exported_backbone_is_the_encoder(folder, tmp_path):
+    """eval_linear.py's ViT on backbone.pt gives the [CLS] of the encoder without a mask."""
+    mae.train(tiny_args("mae", data=str(folder), epochs=1, run_dir=str(tmp_path)))
+    backbone = eval_linear.load_backbone(str(tmp_path / "backbone.pt")).eval()
+    model = MAE("vit_nano", 32, 4)
+    model.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"])
+    with torch.no_grad():
+        latent = model.encode(images(), 0.0)[0]
+        torch.testing.assert_close(backbone.net(images()), latent[:, 0], atol=1e-5, rtol=1e-5)
+    fixed = eval_linear.load_backbone(f"random:{tmp_path / 'backbone.pt'}").net.pos_embed
+    torch.testing.assert_close(fixed, mae.sincos_positions(128, 8))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"patch_size": 5}, "--image-size 32: give a multiple of --patch-size 5"),
+        ({"mask_ratio": 0.99}, "--mask-ratio 0.99: must hide some of the 64 patches, not all"),
+        ({"patch_size": 32}, "--mask-ratio 0.75: must hide some of the 1 patches, not all"),
+        ({"mask_ratio": 1.5}, "--mask-ratio 1.5: must hide some"),
+        ({"decoder_dim": 30}, "--decoder-dim 30: "),
+        ({"decoder_dim": 64, "decoder_heads": 3}, "--decoder-dim 64: "),
+    ],
+)
+def test_bad_flags(tmp_path, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        mae.train(tiny_args("mae", run_dir=str(tmp_path / "run"), **flags))
+    assert message in str(stop.value) and not (tmp_path / "run").exists()
+
+
+def test_paper_command_is_the_sheet_s():
+    command = re.search(r"torchrun --nproc-per-node 8 mae\.py(.*?)(?<!\\)\n", mae.__doc__, re.S)[1]
+    args = tyro.cli(mae.Args, args=command.replace("\\\n", " ").split())
+    assert (args.image_size, args.patch_size, args.arch, args.epochs, args.batch_size) == (
+        224,
+        16,
+        "vit_base",
+        800,
+        4096,
+    )
+    assert (args.base_lr, args.weight_decay, args.warmup_epochs) == (1.5e-4, 0.05, 40)
+    assert (args.mask_ratio, args.norm_pix, args.min_scale) == (0.75, True, 0.2)
+    assert args.base_lr * args.batch_size / 256 == pytest.approx(2.4e-3)
