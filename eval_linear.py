@@ -7,11 +7,9 @@
 Every method is measured here, on the same images and labels (protocols: 2002.05709 App. B; 2104.14294):
   knn       vote of the k most similar training images, weighted by exp(cosine / 0.07); nothing is trained
   logreg    softmax regression on standardised features, to its optimum (L-BFGS), penalty by cross-validation
-  linear    the papers' probe: SGD on one linear layer, a grid of learning rates at once, the best on labels
-            kept out of training
+  linear    the papers' probe: SGD on one linear layer, the best of a grid of rates on labels kept out
   finetune  the whole network and a linear layer; of random:FILE it is training from scratch
 Frozen means eval mode and not a bit changed, buffers included. No choice sees the test images.
---preset NAME takes the numbers of a paper (PRESETS below); a flag given beside it wins.
 
 Probe:     python eval_linear.py --backbone runs/simclr/backbone.pt --mode linear
 Baseline:  python eval_linear.py --backbone random:runs/simclr/backbone.pt --mode linear --seeds 3
@@ -30,6 +28,7 @@ import time
 import zlib
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -52,7 +51,9 @@ from tqdm import tqdm
 # --- Args ---------------------------------------------------------------------------------------------------
 @dataclass
 class Args:
-    backbone: str = "runs/simclr/backbone.pt"  # a file, random:FILE (untrained), pixels, a torchvision model
+    backbone: str = (
+        "runs/simclr/backbone.pt"  # a file, random:FILE (untrained), pixels, or a ResNet of torchvision
+    )
     mode: Literal["linear", "finetune", "knn", "logreg", "features", "predict"] = "linear"  # see above
     preset: str = ""  # recipe of a paper: simclr-linear, mae-finetune, ...; a wrong name lists all
     data: str = "demo"  # demo, a folder of images in any layout, or a torchvision data set such as CIFAR10
@@ -66,7 +67,7 @@ class Args:
     k: tuple[int, ...] = (20, 200)  # neighbours of k-NN
     feature: Literal["auto", "cls", "mean", "both"] = "auto"  # of ViTs: [CLS], mean patch; auto: the method's
     layers: tuple[int, ...] = (-1,)  # of ViTs: blocks whose features stand side by side (DINO: -4 -3 -2 -1)
-    epochs: int = 0  # passes over the data (paper: 90; finetune 60 or 30. 0: 100; 60 up to 1 % labels, 30)
+    epochs: int = 0  # passes over the data; 0: 100, finetune 30 (paper: 90; finetune 60 at 1 % labels, 30)
     batch_size: int = 256  # images per step, of all processes together
     base_lr: float = 0.05  # times batch / 256 is the learning rate (paper: of finetune 0.05 in SimCLR)
     rates: tuple[float, ...] = ()  # the same of linear, the best is kept; none: 0.001 0.003 0.01 ... 10 30
@@ -89,25 +90,19 @@ class Args:
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on cuda, off elsewhere
 
 
-# Rates are those at batch 256; cosines go by steps (MoCo v3, DINO, BEiT: by epochs) to 0 (MAE, BEiT: 1e-6).
+# Rates are those at batch 256; cosines go by steps (MoCo v3, DINO: by epochs) to 0 (MAE's finetune: 1e-6).
 PROBE = "--mode linear --augment --solver sgd --batch-size"
-MASKED = "--mode finetune --feature mean --solver adamw --batch-size 1024 --epochs 100 --weight-decay 0.05"
-MASKED += " --layer-decay 0.65 --drop-path 0.1 --mixup 0.8 --cutmix 1 --label-smoothing 0.1 --rand-augment"
 PRESETS = {
     "simclr-linear": f"{PROBE} 4096 --solver nesterov --rates 0.1 --epochs 90",  # 2002.05709 B.6
     "simclr-finetune": "--mode finetune --solver nesterov --batch-size 4096 --base-lr 0.05",  # B.5
     "moco-linear": f"{PROBE} 256 --rates 30 --epochs 100 --decay-epochs 60 80",  # main_lincls.py
-    "moco_v3-linear": f"{PROBE} 1024 --rates 3 --epochs 90",  # CONFIG.md, of ViTs; ResNet-50: --rates 0.1
     "byol-linear": f"{PROBE} 1024 --solver nesterov --rates 0.4 0.3 0.2 0.1 0.05 --epochs 80",  # C.1
     "dino-linear": f"{PROBE} 1024 --rates 0.001 --epochs 100 --layers -4 -3 -2 -1",  # eval_linear.py, ViT-S
-    "dinov2-linear": f"{PROBE} 1024 --epochs 10 --feature both --rates 1e-5 2e-5 5e-5 1e-4 2e-4 5e-4 "
-    "1e-3 2e-3 5e-3 1e-2 2e-2 5e-2 0.1",  # eval/linear.py, one of its four features
-    "mae-linear": f"{PROBE} 4096 --probe-norm --epochs 90 --warmup-epochs 10",  # 2111.06377 Table 10, whose
-    # LARS at batch 16384 may be SGD at 4096 (its caption); the rate of LARS, 0.1, is none of SGD's: a grid
-    "mae-finetune": f"{MASKED} --base-lr 5e-4 --warmup-epochs 5",  # FINETUNE.md, of ViT-B
-    "beit-linear": f"{PROBE} 1024 --solver adamw --rates 1e-3 --weight-decay 1e-4 --epochs 50 "
-    "--feature mean --layers 8",  # 2106.08254 App. D: the ninth block of ViT-B
-    "beit-finetune": f"{MASKED} --base-lr 1e-3 --warmup-epochs 20",  # README, of ViT-B
+    # Table 10 of 2111.06377, with SGD for LARS, as its caption allows at this batch, and so a grid of rates
+    "mae-linear": f"{PROBE} 4096 --probe-norm --epochs 90 --warmup-epochs 10",
+    "mae-finetune": "--mode finetune --feature mean --solver adamw --batch-size 1024 --epochs 100 "
+    "--base-lr 5e-4 --warmup-epochs 5 --weight-decay 0.05 --layer-decay 0.65 --drop-path 0.1 --mixup 0.8 "
+    "--cutmix 1 --label-smoothing 0.1 --rand-augment",  # FINETUNE.md, ViT-B; other RandAugment, no erasing
 }
 
 
@@ -121,10 +116,12 @@ def expand_preset(words):
 
 # --- Labels -------------------------------------------------------------------------------------------------
 class Pictures(Dataset):
-    """Images by index as uint8 tensors; an item is a path, a number of a demo image, or (data set, index)."""
+    """Images by index as uint8 tensors; an item is a path, a number of a demo image, or (data set, index).
+    crop is random by `key`, (seed, epoch), and the index alone; without it, the centre crop."""
 
-    def __init__(self, items, side, transform=None):
-        self.items, self.side, self.transform = items, side, transform
+    def __init__(self, items, side, crop=None, min_scale=1.0):
+        self.items, self.side, self.crop, self.key = items, side, crop, (0, 0)
+        self.reading = (side, min_scale) if crop else (1.15 * side, 1.0)
 
     def __len__(self):
         return len(self.items)
@@ -132,11 +129,15 @@ class Pictures(Dataset):
     def __getitem__(self, index):
         item = self.items[index]
         if isinstance(item, str):
-            image = read_image(item, 1.15 * self.side, 1.0)
+            try:
+                image = read_image(item, *self.reading)
+            except Exception as error:  # whatever a decoder raises; another image would get a wrong label
+                raise OSError(f"{item}: cannot be read ({error}); mend it or take it away")
         else:
             image = demo_image(item)[0] if isinstance(item, int) else item[0][item[1]][0].convert("RGB")
-        if self.transform:
-            return index, self.transform(v2.functional.pil_to_tensor(image))
+        if self.crop:
+            torch.default_generator.manual_seed(hash((*self.key, index)) % 2**32)
+            return index, self.crop(v2.functional.pil_to_tensor(image))
         bleed = 0.0625 if self.side > 32 else 0  # on each side: the centre crop of 87.5 %
         image = ImageOps.fit(image, (self.side, self.side), Image.BICUBIC, bleed=bleed)
         return index, v2.functional.pil_to_tensor(image)
@@ -159,17 +160,16 @@ def read_labels(data, labels_csv=""):
         return items, labels, list(WORLD), torch.arange(len(items)) >= 4096
     if not os.path.isdir(data):
         return read_torchvision(data)
-    split = next((name for name in ("val", "test") if os.path.isdir(os.path.join(data, name))), None)
-    if os.path.isdir(os.path.join(data, "train")) and split:
-        parts = [os.path.join(data, "train"), os.path.join(data, split)]
-        found = [(path, root) for root in parts for path in find_images(root)]
-        files = [(path, os.path.relpath(path, root), root is parts[1]) for path, root in found]
+    train, names = os.path.join(data, "train"), ("val", "valid", "validation", "test")
+    test = next((path for name in names if os.path.isdir(path := os.path.join(data, name))), None)
+    if os.path.isdir(train) and test:
+        found = [(path, root) for root in (train, test) for path in find_images(root)]
+        files = [(path, os.path.relpath(path, root), root is test) for path, root in found]
     else:
-        files = [(path, os.path.relpath(path, data), None) for path in find_images(data)]
-        files = [(path, name, zlib.crc32(name.encode()) % 5 == 0) for path, name, _ in files]
-        print(
-            f"{data}: no val/ or test/ beside train/; one image in five, by the hash of its path, is tested"
-        )
+        root = train if os.path.isdir(train) else data
+        files = [(path, os.path.relpath(path, root)) for path in find_images(root)]
+        files = [(path, name, zlib.crc32(name.encode()) % 5 == 0) for path, name in files]
+        print(f"{data}: no test images; one image in five, by the hash of its path, is for testing")
     names = [name.split(os.sep)[0] if os.sep in name else None for _, name, _ in files]
     classes = sorted(set(names) - {None})
     if len(classes) < 2 or None in names:
@@ -181,13 +181,14 @@ def read_labels(data, labels_csv=""):
 def read_csv(data, labels_csv):
     """As read_labels, of a file with path,label lines; paths are relative to the folder `data`."""
     try:
-        with open(labels_csv, newline="") as file:
-            rows = [row for row in csv.reader(file) if row]
-    except OSError as error:
-        raise SystemExit(f"--labels-csv {labels_csv}: {error.strerror}")
+        with open(labels_csv, newline="", encoding="utf-8-sig") as file:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"--labels-csv {labels_csv}: {error}")
     rows = rows[1:] if rows and rows[0][:2] == ["path", "label"] else rows
     if any(len(row) != 2 for row in rows):
         raise SystemExit(f"--labels-csv {labels_csv}: every line must be path,label")
+    rows = dict(rows).items()  # each file once: a copy would be learnt in one fold and tested in another
     items = [os.path.join(data, path) for path, _ in rows]
     missing = [path for path in items if not os.path.isfile(path)]
     if missing:
@@ -206,7 +207,7 @@ def read_torchvision(name):
             parts = [kind("data", download=True, **{key: value}) for value in names]
             break
         except Exception as error:  # no such name, other keywords, no network
-            reason = error
+            reason = error if kind else "torchvision has no data set of this name"
     if not parts:
         raise SystemExit(f"--data {name}: no folder, no download ({reason}). Give a folder, or demo")
     items = [(part, index) for part in parts for index in range(len(part))]
@@ -217,9 +218,12 @@ def read_torchvision(name):
 
 def stratified_subset(labels, count, seed):
     """Indices of `count` labels: count // C of each class, and one more of count % C random classes."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    nth = F.one_hot(labels[order]).cumsum(dim=0).gather(1, labels[order, None])[:, 0]  # of its class
-    return order[nth.argsort(stable=True)[:count]].sort().values
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    order, counts = order[labels[order].argsort(stable=True)], labels.bincount()
+    nth = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]  # of its class
+    mix = torch.randperm(len(labels), generator=generator)
+    return order[mix][nth[mix].argsort(stable=True)[:count]].sort().values
 
 
 def stratified_folds(labels, folds, seed):
@@ -263,11 +267,8 @@ VITS |= {"vit_base": (768, 12, 12), "vit_large": (1024, 24, 16), "vit_huge": (12
 
 
 class ViT(nn.Module):
-    """Vision transformer in timm's names, images (B, 3, H, W) -> feature (B, D).
-
-    feature: cls, mean (of patch tokens) or both, normed, of each of the blocks `layers`, side by side.
-    xavier: initialisation of the linear layers as in MAE, else as in timm.
-    """
+    """Vision transformer in timm's names, images (B, 3, H, W) -> feature (B, D): cls, mean (of patch tokens)
+    or both, normed, of each of the blocks `layers`, side by side. xavier: initialised as MAE."""
 
     def __init__(self, arch, patch_size, image_size, xavier=False, feature="cls", layers=(-1,)):
         super().__init__()
@@ -277,8 +278,12 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + (image_size // patch_size) ** 2, dim))
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm, self.fc_norm = nn.LayerNorm(dim, eps=1e-6), nn.Identity()
+        if not layers or not all(-depth <= layer < depth for layer in layers):
+            raise ValueError(f"--layers {layers}: give some of {-depth} .. {depth - 1}")
         self.feature, self.layers = feature, {layer % depth for layer in layers}
         self.dim = dim * len(self.layers) * (2 if feature == "both" else 1)
+        if xavier:
+            nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(dim, -1))
         for layer in (layer for layer in self.modules() if isinstance(layer, nn.Linear)):
             nn.init.xavier_uniform_(layer.weight) if xavier else nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
@@ -329,19 +334,16 @@ class Backbone(nn.Module):
 
 
 def load_backbone(path, seed=0, side=0, feature="auto", layers=(-1,), mode="linear"):
-    """backbone.pt, random:FILE (its network with random weights), pixels, or a name of torchvision.models.
-
-    feature auto: mean patch tokens for I-JEPA and to fine-tune masked models, else [CLS]. SystemExit if the
-    file is missing or damaged, or does not fill the network exactly.
-    """
+    """backbone.pt, random:FILE (its network untrained), pixels, or a torchvision name; SystemExit if it
+    cannot be filled exactly. feature auto: mean token of I-JEPA and of fine-tuned masked models, or [CLS]."""
     if path == "pixels":
         return Backbone(nn.Identity(), 3 * (side or 32) ** 2, side or 32, MEAN, STD, "pixels", "pixels")
-    if hasattr(torchvision.models, path):
-        net = torchvision.models.get_model(path, weights="DEFAULT")
-        dim, net.fc = net.fc.in_features, nn.Identity()
-        return Backbone(net, dim, side or 224, MEAN, STD, "torchvision", path)
     file = path.removeprefix("random:")
     try:
+        if path in torchvision.models.list_models():
+            net = torchvision.models.get_model(path, weights="DEFAULT")
+            dim, net.fc = net.fc.in_features, nn.Identity()
+            return Backbone(net, dim, side or 224, MEAN, STD, "torchvision", path)
         state = torch.load(file, map_location="cpu", weights_only=True)
         torch.manual_seed(seed)
         method, options = state["method"], dict(state["arch_args"])
@@ -359,8 +361,10 @@ def load_backbone(path, seed=0, side=0, feature="auto", layers=(-1,), mode="line
             net.load_state_dict(state["state_dict"])
     except FileNotFoundError:
         raise SystemExit(f"--backbone {path}: no such file; train one, for example with python simclr.py")
-    except Exception as error:
-        raise SystemExit(f"--backbone {path}: cannot be loaded ({str(error).splitlines()[0]})")
+    except Exception as error:  # of pickle, a missing key, another shape
+        raise SystemExit(f"--backbone {path}: cannot be loaded ({' '.join(repr(error).split())})"[:300])
+    if side % state["arch_args"].get("patch_size", 1):
+        raise SystemExit(f"--side {side}: must be a multiple of the patches' {options['patch_size']} pixels")
     net = net.to(memory_format=torch.channels_last)
     method = method if path == file else "random"
     return Backbone(net, dim, side or state["image_size"], state["mean"], state["std"], method, state["arch"])
@@ -373,10 +377,10 @@ def fingerprint(module):
 
 
 @torch.no_grad()
-def extract_features(backbone, pictures, batch_size=256, workers=0, device="cpu", amp=None):
+def extract_features(backbone, pictures, workers=0, device="cpu", amp=None, batch_size=256, key=None):
     """Features (n, D) float32 of Pictures, in their order; each process computes its share, once."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    backbone = backbone.to(device).eval()
+    backbone, pictures.key = backbone.to(device).eval(), key or pictures.key
     mine = torch.utils.data.Subset(pictures, range(rank, len(pictures), world))
     features = torch.zeros(len(pictures), backbone.dim, device=device)
     loader = DataLoader(mine, batch_size, num_workers=workers)
@@ -395,12 +399,9 @@ def accuracy(scores, labels):
     top = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
     classes = labels.unique()
     per_class = [top[labels == c, 0].double().mean() for c in classes]
-    return {
-        "top1": 100 * top[:, 0].sum().item() / len(labels),
-        "top5": 100 * top.any(dim=1).sum().item() / len(labels),
-        "mean_per_class": 100 * (sum(per_class) / len(classes)).item(),
-        "n": len(labels),
-    }
+    right = top[:, 0].sum().item(), top.any(dim=1).sum().item()
+    scores = {"top1": 100 * right[0] / len(labels), "top5": 100 * right[1] / len(labels), "n": len(labels)}
+    return scores | {"mean_per_class": 100 * (sum(per_class) / len(classes)).item()}
 
 
 def knn(bank, labels, queries, k, classes, temperature=0.07, memory=2**28):
@@ -435,19 +436,25 @@ def fit_logreg(features, labels, penalty, classes, start=None, max_iter=1000):
     return weight.detach(), bias.detach()
 
 
+def held_out_score(scores, labels):
+    """Number of right ones, less a share of one that grows with the cross-entropy; -1 if not finite."""
+    right, loss = (scores.argmax(dim=1) == labels).sum().item(), F.cross_entropy(scores, labels).item()
+    return right - loss / (1 + loss) if math.isfinite(loss) else -1
+
+
 def logreg(features, labels, classes, seed=0):
     """Softmax regression on standardised features, its penalty, of 10^-5 .. 10, the best in 5 folds of the
     labels, or above 2,000 on a tenth of them. Returns weight (D, C), bias (C,) and what was chosen."""
     mean, std = features.double().mean(dim=0), features.double().std(dim=0) + 1e-6
     x, penalties = (features - mean) / std, [10.0**i for i in range(1, -6, -1)]
     folds = 10 if len(labels) > 2000 else 5
-    fold, right = stratified_folds(labels, folds, seed), dict.fromkeys(penalties, 0)
+    fold, score = stratified_folds(labels, folds, seed), dict.fromkeys(penalties, 0)
     for held in range(1 if folds == 10 else 5):
         train, test, head = fold != held, fold == held, None
         for penalty in penalties:  # from strong to weak, each starting at the last
             head = fit_logreg(x[train], labels[train], penalty, classes, head, max_iter=50)
-            right[penalty] += ((x[test] @ head[0] + head[1]).argmax(dim=1) == labels[test]).sum().item()
-    best = max(penalties, key=right.get)
+            score[penalty] += held_out_score(x[test] @ head[0] + head[1], labels[test])
+    best = max(penalties, key=score.get)
     weight, bias = fit_logreg(x, labels, best, classes)
     weight = weight / std[:, None]
     return weight.float(), (bias - mean @ weight).float(), {"penalty": best}
@@ -461,80 +468,73 @@ def make_optimizer(name, groups, lr):
 
 
 def linear_probe(features, labels, classes, args, seed=0, augmented=None):
-    """One linear layer for each of args.rates, in one pass: weight (D, C), bias (C,) and what was chosen.
-
-    features (n, D); augmented(epoch) -> (n, D), if given, replaces them in training. A tenth of the labels,
-    stratified, picks the rate and is not trained on; with one rate all are. The BatchNorm of args.probe_norm
-    becomes part of the layer.
-    """
+    """One linear layer for each of args.rates in one pass: weight (D, C), bias (C,), what was chosen. A tenth
+    of the labels, stratified, picks the rate and is not trained on; with one rate all are. features (n, D);
+    augmented(key=(seed, epoch)) replaces them in training; probe_norm ends as part of the layer."""
     rates = args.rates or [10.0**power * digit for power in range(-3, 2) for digit in (1, 3)]
-    epochs, held = args.epochs or 100, stratified_folds(labels, 10, seed) == 0
-    train = (~held).nonzero()[:, 0] if len(rates) > 1 else torch.arange(len(labels))
-    steps = max(1, len(train) // args.batch_size)
+    held = (stratified_folds(labels, 10, seed) == 0) & (labels.bincount()[labels] > 1) & (len(rates) > 1)
+    train, epochs = (~held).nonzero()[:, 0], args.epochs or 100
+    steps = math.ceil(len(train) / args.batch_size)
     generator = torch.Generator().manual_seed(seed)
-    norm = nn.BatchNorm1d(features.shape[1], eps=1e-6, affine=False) if args.probe_norm else nn.Identity()
-    weights, biases, groups = [], [], []
-    for rate in rates:
-        weights.append(torch.zeros(features.shape[1], classes, requires_grad=True))
-        biases.append(torch.zeros(classes, requires_grad=True))
-        scale = {"lr_scale": rate * min(args.batch_size, len(train)) / 256}
-        groups.append({"params": weights[-1:], "weight_decay": args.weight_decay} | scale)
-        groups.append({"params": biases[-1:], "weight_decay": 0.0} | scale)
+    norm = nn.Identity()
+    if args.probe_norm:  # momentum None: statistics of all batches, not of the last ten
+        norm = nn.BatchNorm1d(features.shape[1], eps=1e-6, momentum=None, affine=False)
+    heads, groups = nn.ModuleList(nn.Linear(features.shape[1], classes) for _ in rates), []
+    for head, rate in zip(heads, rates, strict=True):
+        scale = {"lr_scale": rate * len(train) / steps / 256}
+        groups.append({"params": nn.init.zeros_(head.weight), "weight_decay": args.weight_decay} | scale)
+        groups.append({"params": nn.init.zeros_(head.bias), "weight_decay": 0.0} | scale)
     optimizer = make_optimizer(args.solver, groups, lr=0.0)
     for epoch in tqdm(range(epochs), desc="linear", leave=False):
-        rows = augmented(epoch) if augmented else features
+        rows = augmented(key=(seed, epoch)) if augmented else features
         order = train[torch.randperm(len(train), generator=generator)]
-        for i, batch in enumerate(order.chunk(steps)):
+        for i, batch in enumerate(order.tensor_split(steps)):
+            factor = cosine_schedule(epoch * steps + i, epochs * steps, args.warmup_epochs * steps, 1.0)
             if args.decay_epochs:
                 factor = 0.1 ** sum(epoch >= decay for decay in args.decay_epochs)
-            else:
-                factor = cosine_schedule(epoch * steps + i, epochs * steps, args.warmup_epochs * steps, 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = group["lr_scale"] * factor
-            logits = norm(rows[batch]) @ torch.cat(weights, dim=1) + torch.cat(biases)
-            logits = logits.view(-1, classes)  # (B x rates, C)
-            targets = labels[batch].repeat_interleave(len(rates))
+            x = norm(rows[batch])
+            logits, targets = torch.cat([head(x) for head in heads]), labels[batch].repeat(len(rates))
             optimizer.zero_grad()
             (F.cross_entropy(logits, targets, reduction="sum") / len(batch)).backward()
             optimizer.step()
-    weights, biases = torch.stack(weights).detach(), torch.stack(biases).detach()
+    weights = torch.stack([head.weight.detach().T for head in heads])
+    biases = torch.stack([head.bias.detach() for head in heads])
     if args.probe_norm:  # W (x - mean) / std + b is a linear layer again
-        weights *= (norm.running_var + norm.eps).rsqrt()[:, None]
-        biases -= norm.running_mean @ weights
-    right = (features[held] @ weights + biases[:, None]).argmax(dim=2) == labels[held]
-    best = right.sum(dim=1).argmax().item()
+        weights = weights * (norm.running_var + norm.eps).rsqrt()[:, None]
+        biases = biases - norm.running_mean @ weights
+    scores = features[held] @ weights + biases[:, None]  # (rates, held, C)
+    best = max(range(len(rates)), key=lambda i: held_out_score(scores[i], labels[held]))
     return weights[best], biases[best], {"rate": rates[best]}
 
 
 # --- Fine-tuning --------------------------------------------------------------------------------------------
-def layer_id(name, depth):
-    """0 of the input, i of the i-th of `depth` blocks (timm's ViTs) or stages (ResNets), depth + 1 after."""
-    if name.split(".")[0] in ("cls_token", "mask_token", "pos_embed", "patch_embed", "conv1", "bn1"):
-        return 0
-    if name.startswith("blocks."):
-        return int(name.split(".")[1]) + 1
-    return int(name[5]) if name.startswith("layer") else depth + 1
-
-
 def layer_groups(net, head, weight_decay, layer_decay):
-    """Parameter groups with lr_scale = layer_decay^(depth + 1 - id); no decay on ndim <= 1 and tokens."""
+    """Parameter groups with lr_scale = layer_decay^(depth + 1 - id), no decay on ndim <= 1 and tokens. id:
+    0 of the input, i of the i-th block (timm's ViTs) or stage (ResNets) of depth, depth + 1 of the rest."""
     named = [*net.named_parameters(), *((f"head.{name}", p) for name, p in head.named_parameters())]
-    depth = max([layer_id(name, 0) for name, _ in named if name.startswith(("blocks.", "layer"))], default=0)
-    groups = {}
-    for name, p in named:
-        plain = p.ndim <= 1 or name in ("cls_token", "mask_token", "pos_embed")
-        id = layer_id(name, depth)
+    found = [re.match(r"blocks\.(\d+)|layer(\d)", name) for name, _ in named]
+    ids = [int(match[2] or int(match[1]) + 1) if match else None for match in found]
+    depth, groups = max((id for id in ids if id), default=0), {}
+    for (name, p), id in zip(named, ids, strict=True):
+        at_input = name.split(".")[0] in ("cls_token", "pos_embed", "patch_embed", "conv1", "bn1")
+        id = (0 if at_input else depth + 1) if id is None else id
+        plain = p.ndim <= 1 or name in ("cls_token", "pos_embed")
         options = {"lr_scale": layer_decay ** (depth + 1 - id), "params": []}
         options["weight_decay"] = 0.0 if plain else weight_decay
         groups.setdefault((id, plain), options)["params"].append(p)
     return list(groups.values())
 
 
-def finetune(backbone, train, labels, classes, epochs, args, device, amp=None, seed=0):
-    """Train `backbone` and a linear layer, returned; by default as SimCLR (App. B.5): SGD with Nesterov
-    momentum, no warm-up, crops and flips, BatchNorm in train mode. Several processes share each batch."""
+def finetune(backbone, train, labels, classes, args, device, amp=None, seed=0):
+    """Train `backbone` and a linear layer, returned as by linear_probe; by default as SimCLR (App. B.5): SGD,
+    no warm-up, crops and flips, BatchNorm in train mode. Several processes share each batch."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch.manual_seed(hash((seed, rank)) % 2**32)
+    epochs = args.epochs or 30
+    if args.rand_augment:
+        train.crop = v2.Compose([train.crop, v2.RandAugment()])
     if isinstance(backbone.net, ViT):
         backbone.net.start_finetune(args.drop_path)
     head = nn.Linear(backbone.dim, classes)
@@ -549,8 +549,7 @@ def finetune(backbone, train, labels, classes, epochs, args, device, amp=None, s
     mixes += [v2.CutMix(alpha=args.cutmix, num_classes=classes)] if args.cutmix else []
     mix = v2.RandomChoice(mixes) if mixes else None
     sampler = DistributedSampler(train, world, rank, seed=seed, drop_last=True)
-    options = {"sampler": sampler, "drop_last": True, "num_workers": args.workers}
-    loader = DataLoader(train, batch_size, persistent_workers=args.workers > 0, **options)
+    loader = DataLoader(train, batch_size, sampler=sampler, drop_last=True, num_workers=args.workers)
     total, warmup = epochs * len(loader), args.warmup_epochs * len(loader)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     if world > 1 and device.type == "cuda":
@@ -559,6 +558,7 @@ def finetune(backbone, train, labels, classes, epochs, args, device, amp=None, s
     step = 0
     for epoch in tqdm(range(epochs), desc="finetune", leave=False, disable=rank > 0):
         sampler.set_epoch(epoch)
+        train.key = seed, epoch
         model.train()
         for index, images in loader:
             for group in optimizer.param_groups:
@@ -574,7 +574,10 @@ def finetune(backbone, train, labels, classes, epochs, args, device, amp=None, s
             scaler.step(optimizer)
             scaler.update()
             step += 1
-    return head.cpu()
+    for buffer in model.buffers() if world > 1 else ():  # each process has its own statistics of BatchNorm
+        dist.broadcast(buffer, 0)
+    head = head.cpu()
+    return head.weight.detach().T.contiguous(), head.bias.detach(), {"base_lr": args.base_lr}
 
 
 # --- Evaluation ---------------------------------------------------------------------------------------------
@@ -588,147 +591,152 @@ def splits(labels, is_test, args, seed):
         pairs = [((~is_test).nonzero()[:, 0], is_test.nonzero()[:, 0])]
     for train, test in pairs:
         count = args.labels or round(args.label_fraction * len(train))
-        if count > len(train):
-            raise SystemExit(f"--labels {count}: there are only {len(train)} labelled training images")
-        if count < len(labels.unique()):
-            raise SystemExit(f"{count} labels for {len(labels.unique())} classes: needs one of each at least")
         if not len(test):
-            raise SystemExit(f"--data {args.data}: has no test images")
+            raise SystemExit(f"--data {args.data}: has no test images, or too few labels for 5 folds")
+        if not (fewest := len(labels.unique())) <= count <= len(train):
+            raise SystemExit(
+                f"{count} labels: must be {fewest}, one of each class, to {len(train)}, all of them"
+            )
         yield (train[stratified_subset(labels[train], count, seed)] if count < len(train) else train), test
-
-
-def fit_head(args, backbone, items, labels, classes, features, train, device, amp, seed):
-    """Weight (D, C), bias (C,) of a linear layer and what was chosen; finetune alone changes the backbone."""
-    if args.mode == "logreg":
-        return logreg(features[train], labels[train], classes, seed)
-    crop = random_crop(backbone.side, args.min_scale)
-    if args.rand_augment and args.mode == "finetune":
-        crop = v2.Compose([crop, v2.RandAugment()])
-    pictures = Pictures([items[i] for i in train], backbone.side, crop)
-    if args.mode == "finetune":
-        epochs = args.epochs or (60 if len(train) <= 0.01 * len(items) else 30)
-        head = finetune(backbone, pictures, labels[train], classes, epochs, args, device, amp, seed)
-        return head.weight.detach().T.contiguous(), head.bias.detach(), {"base_lr": args.base_lr}
-
-    def augmented(epoch):
-        torch.manual_seed(hash((seed, epoch)) % 2**32)
-        return extract_features(backbone, pictures, 256, args.workers, device, amp)
-
-    augmented = augmented if args.augment else None
-    return linear_probe(features[train], labels[train], classes, args, seed, augmented)
 
 
 def evaluate(args: Args) -> dict:
     """Do --mode, print a table, write eval-MODE.json and head.pt beside the backbone; returns the results."""
     zero = "labels side epochs weight_decay workers seed warmup_epochs drop_path label_smoothing mixup cutmix"
     at_most = dict.fromkeys(("label_fraction", "min_scale", "layer_decay", "drop_path", "label_smoothing"), 1)
-    check_flags(args, zero.split(), **at_most)
-    rank, world, device, amp = start_processes(args.device, args.amp)
+    check_flags(args, zero.split(), **at_most, **({"warmup_epochs": args.epochs} if args.epochs else {}))
+    if not args.k or min(args.k + args.rates + (1,)) <= 0:
+        raise SystemExit(f"--k {args.k} --rates {args.rates}: must be above 0")
     if args.watch:
         return follow(args)
-    if args.mode == "predict":
-        return predict(args, device, amp)
-    items, labels, classes, is_test = read_labels(args.data, args.labels_csv)
+    rank, world, device, amp = start_processes(args.device, args.amp)
+    try:
+        work = {"predict": predict, "features": export_features}
+        results = work.get(args.mode, measure)(args, rank, device, amp)
+    except (KeyboardInterrupt, OSError) as error:  # a worker's error comes behind its traceback
+        raise SystemExit((str(error) or "interrupted").splitlines()[-1])
+    if world > 1:
+        dist.destroy_process_group()
+    return results
+
+
+def measure(args, rank, device, amp):
+    """Modes linear, finetune, knn and logreg: fit and test in each repetition and fold."""
+    tunes, features, results, options = args.mode == "finetune", None, [], (args.workers, device, amp)
     choice = args.side, args.feature, args.layers, args.mode
-    tunes, features, results = args.mode == "finetune", None, []
-
-    def fit(train, seed):
-        fitted, data = load_backbone(args.backbone, seed, *choice) if tunes else backbone, (items, labels)
-        return fitted, fit_head(args, fitted, *data, len(classes), features, train, device, amp, seed)
-
-    options = args.batch_size, args.workers, device, amp
-    for seed in range(args.seed, args.seed + args.seeds):
+    items, labels, classes, is_test = read_labels(args.data, args.labels_csv)
+    for seed in range(args.seed, last := args.seed + args.seeds):
+        pairs = list(splits(labels, is_test, args, seed))
+        if is_test is None and seed == last - 1 and args.mode != "knn":
+            pairs.append((torch.arange(len(labels)), None))  # the folds measure, a head learns from all
         if features is None or args.backbone.startswith("random:"):
             backbone = load_backbone(args.backbone, seed, *choice)
             before, pictures = fingerprint(backbone), Pictures(items, backbone.side)
             features = None if tunes else extract_features(backbone, pictures, *options)
-        if args.mode == "features":
-            break
-        for train, test in splits(labels, is_test, args, seed):
+        for train, test in pairs:
             if args.mode == "knn":
                 for k in args.k:
                     scores = knn(features[train], labels[train], features[test], k, len(classes))
-                    results.append({"choice": f"k {k}"} | accuracy(scores, labels[test]))
+                    results.append({"choice": {"k": min(k, len(train))}} | accuracy(scores, labels[test]))
                 continue
-            fitted, (weight, bias, chosen) = fit(train, seed)
-            pictures = Pictures([items[i] for i in test], fitted.side)
-            rows = extract_features(fitted, pictures, *options) if tunes else features[test]
-            results.append({"choice": f"{chosen}"} | accuracy(rows @ weight + bias, labels[test]))
+            fitted = load_backbone(args.backbone, seed, *choice) if tunes else backbone
+            crop = random_crop(fitted.side, args.min_scale)
+            pictures = Pictures([items[i] for i in train], fitted.side, crop, args.min_scale)
+            known = None if tunes else features[train], labels[train], len(classes)
+            if tunes:
+                weight, bias, chosen = finetune(fitted, pictures, *known[1:], args, device, amp, seed)
+            elif args.mode == "logreg":
+                weight, bias, chosen = logreg(*known, seed)
+            else:
+                augmented = partial(extract_features, fitted, pictures, *options) if args.augment else None
+                weight, bias, chosen = linear_probe(*known, args, seed, augmented)
+            if not torch.isfinite(weight).all():
+                raise SystemExit(f"--mode {args.mode}: weights are not finite; lower --base-lr or --rates")
+            if test is not None:
+                pictures = Pictures([items[i] for i in test], fitted.side)
+                rows = extract_features(fitted, pictures, *options) if tunes else features[test]
+                results.append({"choice": chosen} | accuracy(rows @ weight + bias, labels[test]))
         if fingerprint(backbone) != before:
             raise RuntimeError("the frozen backbone has changed")
-    if args.mode not in ("knn", "features"):
-        if is_test is None:  # the folds have measured; now learn from every label
-            fitted, (weight, bias, _) = fit(torch.arange(len(labels)), args.seed)
-        tuned = {name: tensor.cpu() for name, tensor in fitted.net.state_dict().items()} if tunes else None
-        state = {"weight": weight, "bias": bias, "classes": classes, "choice": choice, "finetuned": tuned}
-        if not rank:
-            torch.save(state | {"fingerprint": before}, output_file(args, "head", ".pt"))
     if rank:
         return {}
-    if args.mode == "features":
-        path, state = output_file(args, "features", ".pt"), {"features": features, "labels": labels}
-        torch.save(state | {"items": [str(item) for item in items]}, path)
-        print(f"{path}: {tuple(features.shape)}")
-        return {"n": len(features)}
+    if args.mode != "knn":
+        tuned = {name: tensor.cpu() for name, tensor in fitted.net.state_dict().items()} if tunes else None
+        state = {"weight": weight, "bias": bias, "classes": classes, "finetuned": tuned, "seed": seed}
+        torch.save(state | {"choice": choice, "fingerprint": before}, output_file(args, "head.pt"))
     return report(args, results, len(train), backbone)
+
+
+def export_features(args, rank, device, amp):
+    """features.pt: features (n, D) and items, the paths of the images of a folder, which needs no labels."""
+    items = find_images(args.data) if os.path.isdir(args.data) else read_labels(args.data)[0]
+    backbone = load_backbone(args.backbone, args.seed, args.side, args.feature, args.layers)
+    features = extract_features(backbone, Pictures(items, backbone.side), args.workers, device, amp)
+    if rank == 0:
+        path = output_file(args, "features.pt")
+        torch.save({"features": features, "items": [str(item) for item in items]}, path)
+        print(f"{path}: {tuple(features.shape)}")
+    return {"n": len(features)}
 
 
 def follow(args):
     """k-NN of the run folder --watch whenever its backbone.pt is replaced, as eval/knn_top1, until Ctrl-C."""
-    path, seen = Path(args.watch) / "backbone.pt", None
-    print(f"watching {path}; Ctrl-C ends it")
-    board = SummaryWriter(args.watch, filename_suffix=".knn")
+    run, seen = Path(args.watch), None
+    print(f"watching {run}/backbone.pt; Ctrl-C ends it")
+    board = SummaryWriter(run, filename_suffix=".knn")
     try:
         while True:
-            if path.exists() and path.stat().st_mtime_ns != seen:
-                seen = path.stat().st_mtime_ns
-                lines = (Path(args.watch) / "metrics.jsonl").read_text().splitlines()
+            if (path := run / "backbone.pt").exists() and path.stat().st_mtime_ns != seen:
+                seen, lines = path.stat().st_mtime_ns, (run / "metrics.jsonl").read_text().split("\n")[:-1]
                 result = evaluate(replace(args, watch="", mode="knn", backbone=str(path)))
-                board.add_scalar("eval/knn_top1", result["top1"], json.loads(lines[-1])["step"])
+                board.add_scalar(
+                    "eval/knn_top1", result["top1"], json.loads(lines[-1])["step"] if lines else 0
+                )
                 board.flush()
             time.sleep(1)
     except KeyboardInterrupt:
         return {}
 
 
-def output_file(args, name, ending):
+def output_file(args, name):
     """Path of a result: beside the backbone's file, with -random for random:FILE; or in runs/BACKBONE."""
-    file = Path(args.backbone.removeprefix("random:"))
+    file, (stem, ending) = Path(args.backbone.removeprefix("random:")), name.split(".")
     folder = file.parent if file.is_file() else Path("runs") / args.backbone
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{name}{'-random' if args.backbone.startswith('random:') else ''}{ending}"
+    return folder / f"{stem}{'-random' if args.backbone.startswith('random:') else ''}.{ending}"
 
 
 def report(args, results, labels, backbone):
     """Print the table and write eval-MODE.json: mean over repetitions and folds, and sample deviation."""
     table = {}
     for result in results:
-        table.setdefault(result["choice"] if args.mode == "knn" else args.mode, []).append(result)
-    count = f"{labels} labels, {results[0]['n']} test images, {len(results) // len(table)} results"
-    print(f"\n{args.backbone} on {args.data}: {count}")
+        name = f"k {result['choice']['k']}" if args.mode == "knn" else args.mode
+        table.setdefault(name, []).append(result)
+    tested = f"{len(results) // len(table)} x {results[0]['n']} test images"
+    print(f"\n{args.backbone} on {args.data}: {labels} labels, {tested}")
     print(f"{'':12}{'top-1':>14}{'top-5':>8}{'per class':>11}")
-    out = {"mode": args.mode, "backbone": args.backbone, "data": args.data, "labels": labels}
-    out |= {"seeds": args.seeds, "feature": f"{backbone.method} {backbone.arch}", "results": results}
+    feature = f"{backbone.method} {backbone.arch} {getattr(backbone.net, 'feature', 'pooled')}"
+    out = asdict(args) | {"labels": labels, "feature": feature, "results": results}
     for name, rows in table.items():
         mean = {key: sum(row[key] for row in rows) / len(rows) for key in ("top1", "top5", "mean_per_class")}
         deviation = torch.tensor([row["top1"] for row in rows]).std().item() if len(rows) > 1 else 0.0
-        top = f"{mean['top1']:7.1f} +- {deviation:3.1f}{mean['top5']:8.1f}"
-        print(f"{name:12}{top}{mean['mean_per_class']:11.1f}")
-        if "top1" not in out:  # the first k stands for k-NN: the best would be a choice on the test images
-            out |= mean | {"top1_std": deviation, "n": rows[0]["n"]}
-    output_file(args, f"eval-{args.mode}", ".json").write_text(json.dumps(out, indent=1))
+        print(f"{name:12}{mean['top1']:7.1f} +- {deviation:3.1f}{mean['top5']:8.1f}", end="")
+        print(f"{mean['mean_per_class']:11.1f}")
+        if "top1" not in out:  # the first k stands for k-NN: no choice on the test images
+            out |= mean | {"top1_std": deviation, "n": sum(row["n"] for row in rows) // args.seeds}
+    output_file(args, f"eval-{args.mode}.json").write_text(json.dumps(out, indent=1))
     return out
 
 
-def predict(args, device, amp):
+def predict(args, rank, device, amp):
     """Write predictions.csv (path, class, probability) for every image below --data with a head.pt."""
-    path = Path(args.head or output_file(args, "head", ".pt"))
+    path = Path(args.head or output_file(args, "head.pt"))
     try:
         head = torch.load(path, map_location="cpu", weights_only=True)
-        weight, classes = head["weight"], head["classes"]
+        weight, classes, choice = head["weight"], head["classes"], head["choice"]
     except Exception:
         raise SystemExit(f"--head {path}: missing or damaged; --mode logreg, linear or finetune writes it")
-    backbone = load_backbone(args.backbone, args.seed, *head["choice"])
+    backbone = load_backbone(args.backbone, head["seed"], *choice)
     if fingerprint(backbone) != head["fingerprint"]:
         raise SystemExit(f"--head {path}: was trained on another backbone than {args.backbone}")
     if head["finetuned"]:
@@ -738,15 +746,16 @@ def predict(args, device, amp):
     items = find_images(args.data)
     if not items:
         raise SystemExit(f"--data {args.data}: no images found")
-    pictures = Pictures(items, backbone.side)
-    features = extract_features(backbone, pictures, args.batch_size, args.workers, device, amp)
+    features = extract_features(backbone, Pictures(items, backbone.side), args.workers, device, amp)
     probability = torch.softmax(features @ weight + head["bias"], dim=1)
-    with open(path.parent / "predictions.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "class", "probability"])
-        for item, row in zip(items, probability, strict=True):
-            writer.writerow([os.path.relpath(item, args.data), classes[row.argmax()], f"{row.max():.4f}"])
-    print(f"{path.parent}/predictions.csv: {len(items)} images")
+    if rank == 0:
+        path = output_file(args, "predictions.csv")
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["path", "class", "probability"])
+            for item, row in zip(items, probability, strict=True):
+                writer.writerow([os.path.relpath(item, args.data), classes[row.argmax()], f"{row.max():.4f}"])
+        print(f"{path}: {len(items)} images, by the head of --mode {choice[3]}")
     return {"n": len(items)}
 
 

@@ -5,20 +5,18 @@
 """MAE: learn features by painting in the three quarters of an image that were hidden.
 
 Paper: He et al. 2021, arXiv 2111.06377; where paper and official PyTorch code differ, the code.
-An image is cut into N patches. The encoder sees only the visible quarter of them (so it is cheap); a small
-decoder gets its output and, for each hidden patch, one learnt mask token, adds positions, and predicts the
-pixels x of every patch. The loss is the mean squared error on the hidden patches M alone (Sec. 3):
+The encoder sees only the visible quarter of the N patches of an image, so it is cheap. A small decoder gets
+its output and, for every hidden patch, the same learnt mask token, and predicts the pixels x of all patches.
+The loss is the mean squared error on the hidden patches M alone (Sec. 3):
   L = 1 / |M|  sum over i in M of  |decoder(encoder(visible))_i - x_i|^2 / values of a patch
 The target is fixed, so nothing can collapse; what can go wrong is to predict the mean: R2 = 0.
 
 Demo:   python mae.py
-Photos: python mae.py --data photos/ --image-size 128 --patch-size 8 --arch vit_small --norm-pix \\
-            --epochs 400 --warmup-epochs 20 --batch-size 512 --base-lr 1.5e-4 --workers 8
+Photos: python mae.py --data photos/ --image-size 128 --patch-size 8 --arch vit_small --norm-pix --epochs 400
 Paper: torchrun --nproc-per-node 8 mae.py --data imagenet/ --image-size 224 --patch-size 16 --arch vit_base \\
             --norm-pix --epochs 800 --warmup-epochs 40 --batch-size 4096 --base-lr 1.5e-4 --workers 12
 
-Differs from the official code: antialiased crops; a decoder that follows the encoder by default, because the
-paper's (512 wide, 8 deep) costs more than a small encoder saves. Several processes give the gradient of one.
+Differs from the official code: also small encoders, with small decoders; crops of uint8 tensors; bfloat16.
 """
 
 import hashlib
@@ -29,7 +27,6 @@ import random
 import time
 import warnings
 from collections import OrderedDict
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -58,16 +55,18 @@ class Args:
     image_size: int = 32  # side of a view in pixels (paper: 224)
     patch_size: int = 4  # side of a patch in pixels (paper: 16)
     mask_ratio: float = 0.75  # share of the patches that is hidden (paper: 0.75)
-    norm_pix: bool = False  # targets with mean 0 and variance 1 in each patch (paper: both, best with)
+    norm_pix: bool = (
+        False  # targets with mean 0 and variance 1 in each patch (paper: on in the recommended recipe)
+    )
     min_scale: float = 0.2  # smallest area of a crop as a share of the image (paper: 0.2)
     workers: int = 2  # processes that read images, for each training process
     arch: Arch = "vit_nano"  # encoder, 128 to 1280 wide (paper: vit_base to vit_huge)
     decoder_dim: int = 0  # width of the decoder; 0: by the encoder, 64 to 512 (paper: 512)
     decoder_depth: int = 0  # its blocks; 0: by the encoder, 2 to 8 (paper: 8)
     decoder_heads: int = 0  # its heads; 0: by the encoder, 2 to 16 (paper: 16)
-    epochs: int = 30  # passes over the data (paper: 800 to 1600)
+    epochs: int = 26  # passes over the data (paper: 800 to 1600)
     batch_size: int = 256  # images per step, of all processes together (paper: 4096)
-    micro_batch_size: int = 0  # images per pass and process, 0: all; same gradient, but BatchNorm sees chunks
+    micro_batch_size: int = 0  # images per pass and process, 0: all; same gradient, BatchNorm apart
     base_lr: float = 1e-3  # times batch / 256 is the learning rate (paper: 1.5e-4)
     weight_decay: float = 0.05  # not on biases and norms (paper: 0.05)
     warmup_epochs: float = 2.0  # linear from 0 (paper: 40)
@@ -145,7 +144,7 @@ class Block(nn.Module):
 
 VITS = {"vit_nano": (128, 6, 4), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6)}  # width, depth, heads
 VITS |= {"vit_base": (768, 12, 12), "vit_large": (1024, 24, 16), "vit_huge": (1280, 32, 16)}
-DECODERS = {"vit_nano": (64, 2, 2), "vit_tiny": (96, 2, 3), "vit_small": (192, 4, 6)}  # larger: the paper's
+DECODERS = {"vit_nano": (64, 2, 2), "vit_tiny": (96, 2, 3), "vit_small": (192, 4, 6)}  # larger: 512, 8, 16
 
 
 def sincos_positions(dim, side):
@@ -159,7 +158,7 @@ def sincos_positions(dim, side):
 
 
 class MAE(nn.Module):
-    """Encoder and decoder under the official names; decoder: width, depth and heads, 0 by the encoder.
+    """Encoder and decoder of square images in the official names; decoder: width, depth, heads, 0 by arch.
     Uses VITS, DECODERS, Block, Attention, sincos_positions, random_masking."""
 
     def __init__(self, arch="vit_base", image_size=224, patch_size=16, decoder=(0, 0, 0)):
@@ -172,12 +171,11 @@ class MAE(nn.Module):
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_positions(dim, side), requires_grad=False)
         self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm, self.decoder_norm = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dec_dim, eps=1e-6)
         self.decoder_embed = nn.Linear(dim, dec_dim)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, dec_dim))
         self.decoder_pos_embed = nn.Parameter(sincos_positions(dec_dim, side), requires_grad=False)
         self.decoder_blocks = nn.Sequential(*(Block(dec_dim, dec_heads) for _ in range(dec_depth)))
-        self.decoder_norm = nn.LayerNorm(dec_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(dec_dim, 3 * patch_size**2)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(dim, -1))  # its bias as PyTorch's
         for layer in (layer for layer in self.modules() if isinstance(layer, nn.Linear)):
@@ -207,6 +205,21 @@ class MAE(nn.Module):
 
 
 # --- Loss ---------------------------------------------------------------------------------------------------
+def pixel_targets(images, patch_size, norm_pix):
+    """Patches (B, N, p p 3) to predict; with norm_pix each less its mean, over its deviation; and these
+    (B, N, 1), without norm_pix 0 and 1. Uses patchify."""
+    patches = patchify(images.float(), patch_size)
+    mean, variance = patches.mean(dim=2, keepdim=True), patches.var(dim=2, keepdim=True)  # unbiased
+    mean, std = (mean, (variance + 1e-6).sqrt()) if norm_pix else (0 * mean, 1 + 0 * mean)
+    return (patches - mean) / std, mean, std
+
+
+def mae_loss(pred, target, mask):
+    """Mean squared error of the patches (B, N, p p 3) where mask (B, N) is 1, the hidden ones (Sec. 3)."""
+    return ((pred.float() - target).square().mean(dim=2) * mask).sum() / mask.sum()
+
+
+# --- Monitor ------------------------------------------------------------------------------------------------
 def gather(rows):
     """Rows (B, ...) of this process -> of all, by rank; with gradient, the sum of what all processes send."""
     if not dist.is_initialized():
@@ -215,34 +228,11 @@ def gather(rows):
     dist.all_gather(parts, rows.detach().contiguous())
     parts[dist.get_rank()] = rows  # the only part with a way back
     gathered = torch.cat(parts)
-
-    def sum_over_processes(grad):
-        dist.all_reduce(grad := grad.clone())
-        return grad
-
     if gathered.requires_grad:
-        gathered.register_hook(sum_over_processes)
+        gathered.register_hook(lambda grad: (total := grad.clone(), dist.all_reduce(total))[0])
     return gathered
 
 
-def pixel_targets(images, patch_size, norm_pix):
-    """Patches (B, N, p p 3) to predict; with norm_pix each less its mean, over its deviation, which are also
-    returned (B, N, 1). Uses patchify."""
-    patches = patchify(images.float(), patch_size)
-    mean, variance = patches.mean(dim=2, keepdim=True), patches.var(dim=2, keepdim=True)  # unbiased
-    if not norm_pix:
-        return patches, torch.zeros_like(mean), torch.ones_like(mean)
-    std = (variance + 1e-6).sqrt()
-    return (patches - mean) / std, mean, std
-
-
-def mae_loss(pred, target, mask):
-    """Mean squared error of the patches (B, N, P) where mask (B, N) is 1; the rest adds nothing (Sec. 3)."""
-    error = (pred.float() - target).square().mean(dim=2)
-    return (error * mask).sum() / mask.sum()
-
-
-# --- Monitor ------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def collapse_metrics(features, center=False):
     """How much room features (B, D) take, of all processes together (all must call it). Uses gather.
@@ -262,32 +252,35 @@ def collapse_metrics(features, center=False):
     return {"feature_std": std.item(), "spread": spread.item(), "effective_rank": rank.item()}
 
 
-@torch.no_grad()
-def reconstruction_metrics(pred, target, mask):
-    """Of the hidden patches of all processes (all must call it): R2 against predicting the mean patch, and
-    variance of the prediction over that of the target; both 0 for the mean, 1 if perfect. Uses gather."""
-    pred, target = pred[mask > 0].float(), target[mask > 0]  # (M, P)
-    moments = (pred, pred.square(), target, target.square(), (pred - target).square())
-    moments = torch.stack([moment.mean(dim=0) for moment in moments])[None]
-    pred, pred2, target, target2, error = gather(moments).mean(dim=0)
+def patch_moments(pred, target, mask):
+    """Means over the hidden patches of prediction, its square, target, its square, error^2 (5, p p 3)."""
+    pred, share = pred.float(), (mask / mask.sum())[:, :, None]
+    moments = pred, pred.square(), target, target.square(), (pred - target).square()
+    return torch.stack([(share * moment).sum(dim=(0, 1)) for moment in moments])
+
+
+def reconstruction_metrics(moments):
+    """R2 against predicting the mean patch (with norm_pix nearly 0), and variance of the prediction over the
+    target's: 0 for the mean, 1 if perfect. moments: of patch_moments; all must call it. Uses gather."""
+    pred, pred2, target, target2, error = gather(moments[None]).mean(dim=0)
     variance = (target2 - target.square()).mean()
     return 1 - error.mean() / variance, (pred2 - pred.square()).mean() / variance
 
 
 def reconstruction_picture(images, pred, mask, mean, std, patch_size):
     """uint8 page (3, H, W) of up to 8 images (B, 3, H, W) in labelled columns: original, masked, predicted,
-    predicted where masked. mean, std: those of pixel_targets. Uses unpatchify, MEAN, STD."""
+    prediction pasted where masked. mean, std: of pixel_targets. Uses unpatchify, MEAN, STD."""
     hidden = unpatchify(mask[:, :, None].expand_as(pred), patch_size)
     drawn = unpatchify(pred.float() * std + mean, patch_size)
     columns = images, images * (1 - hidden), drawn, torch.where(hidden > 0, drawn, images)
     rows = torch.stack(columns, dim=1)[:8].flatten(0, 1).cpu()
     pixels = (rows * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)).clamp(0, 1)
-    pixels = F.interpolate(pixels, scale_factor=max(1, 128 // pixels.shape[3]))  # room for the words
+    pixels = F.interpolate(pixels, scale_factor=math.ceil(128 / pixels.shape[3]))  # room for the words
     grid = v2.functional.to_pil_image(torchvision.utils.make_grid(pixels, nrow=4, padding=4, pad_value=1))
-    page = ImageOps.expand(grid, (0, 16, 0, 0), "white")
-    hint = "" if std.amin() == std.amax() == 1 else ", true contrast"  # which the network does not know
-    for i, name in enumerate(("original", "masked", f"predicted{hint}", f"pasted{hint}")):
-        ImageDraw.Draw(page).text((4 + i * (pixels.shape[3] + 4), 2), name, fill="black")
+    page = ImageOps.expand(grid, (0, 30, 0, 0), "white")
+    hint = "" if std.amin() == std.amax() == 1 else "true mean, deviation"  # of each patch; it is not told
+    for i, name in enumerate(("original\n", "masked\n", f"predicted\n{hint}", f"pasted\n{hint}")):
+        ImageDraw.Draw(page).text((4 + i * (pixels.shape[3] + 4), 0), name, fill="black")
     return v2.functional.pil_to_tensor(page)
 
 
@@ -474,16 +467,16 @@ def open_run(args, method, rank):
 # --- Training -----------------------------------------------------------------------------------------------
 def train(args: Args) -> dict:
     """Pretrain in the run folder, from its checkpoint if it has one; returns the metrics of the last step."""
-    may_be_zero = "decoder_dim decoder_depth decoder_heads micro_batch_size workers weight_decay seed"
-    check_flags(args, (may_be_zero + " warmup_epochs").split(), min_scale=1, warmup_epochs=args.epochs)
+    zero = "decoder_dim decoder_depth decoder_heads micro_batch_size workers weight_decay seed warmup_epochs"
+    check_flags(args, zero.split(), min_scale=1, warmup_epochs=args.epochs)
     side = args.image_size // args.patch_size
     if args.image_size % args.patch_size:
         raise SystemExit(f"--image-size {args.image_size}: give a multiple of --patch-size {args.patch_size}")
     if not 1 <= int(side**2 * (1 - args.mask_ratio)) < side**2:
         raise SystemExit(f"--mask-ratio {args.mask_ratio}: must hide some of the {side**2} patches, not all")
     rank, world, device, amp = start_processes(args.device, args.amp)
-    views = (random_crop(args.image_size, args.min_scale),)
-    data = Images(args.data, views, args.seed, args.image_size, args.min_scale, rank)
+    crop = (random_crop(args.image_size, args.min_scale),)  # one view
+    data = Images(args.data, crop, args.seed, args.image_size, args.min_scale, rank)
     if args.batch_size > len(data.items) or args.batch_size % world:
         raise SystemExit(f"--batch-size {args.batch_size}: give a multiple of {world}, at most {data.found}")
     per_epoch = len(data.items) // args.batch_size
@@ -492,8 +485,8 @@ def train(args: Args) -> dict:
     torch.manual_seed(args.seed)
     decoder = args.decoder_dim, args.decoder_depth, args.decoder_heads
     model = MAE(args.arch, args.image_size, args.patch_size, decoder).to(device)
-    if model.mask_token.shape[2] % math.lcm(4, model.decoder_blocks[0].attn.heads):
-        raise SystemExit(f"--decoder-dim {args.decoder_dim}: must be a multiple of 4 and of --decoder-heads")
+    if (width := model.mask_token.shape[2]) % math.lcm(4, heads := model.decoder_blocks[0].attn.heads):
+        raise SystemExit(f"--decoder-dim {width}: give a multiple of 4 and of --decoder-heads {heads}")
     run, checkpoint = open_run(args, "mae", rank)
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay}]
@@ -523,26 +516,26 @@ def train(args: Args) -> dict:
                 group["lr"] = cosine_schedule(step, total, warmup, peak_lr)
             images = v2.functional.normalize(crops.to(device, non_blocking=True) / 255, MEAN, STD)
             generator = torch.Generator().manual_seed(hash((args.seed, 3, step)) % 2**32)
-            noise = torch.rand(args.batch_size, side**2, generator=generator)  # for all processes
-            noise = noise.chunk(world)[rank].to(device, non_blocking=True)
-            optimizer.zero_grad()
-            parts, chunks = [], list(zip(images.split(micro), noise.split(micro), strict=True))
-            for chunk, chunk_noise in chunks:
-                target, *statistics = pixel_targets(chunk, args.patch_size, args.norm_pix)
-                last = len(parts) == len(chunks) - 1  # only then do the processes average their gradients
-                with nullcontext() if last or world == 1 else net.no_sync():
-                    with torch.autocast(device.type, amp, enabled=amp is not None):
-                        pred, mask, latent = net(chunk, args.mask_ratio, chunk_noise, return_latent=True)
-                    loss = mae_loss(pred, target, mask) * len(chunk) / len(images)
-                    scaler.scale(loss).backward()
-                rows = pred, target, mask, latent[:, 1:].mean(dim=1)
-                parts.append([x.detach() for x in (loss[None], *rows)])
-            loss, *rows, h = (torch.cat(part) for part in zip(*parts, strict=True))
-            loss = loss.sum()
-            scaler.unscale_(optimizer)
+            noise = torch.rand(args.batch_size, side**2, generator=generator).chunk(world)[rank].to(device)
             step += 1
             logs = step == 1 or step % args.log_every == 0 or step == total
             saves = step % args.checkpoint_every == 0 or step == total
+            optimizer.zero_grad()
+            loss, moments, latents = 0.0, 0.0, []
+            chunks = list(zip(images.split(micro), noise.split(micro), strict=True))
+            for i, (chunk, chunk_noise) in enumerate(chunks, start=1):
+                target, *statistics = pixel_targets(chunk, args.patch_size, args.norm_pix)
+                share = len(chunk) / len(images)
+                with net.no_sync() if world > 1 and i < len(chunks) else torch.enable_grad():  # averages once
+                    with torch.autocast(device.type, amp, enabled=amp is not None):
+                        pred, mask, latent = net(chunk, args.mask_ratio, chunk_noise, return_latent=True)
+                    part = mae_loss(pred, target, mask) * share
+                    scaler.scale(part).backward()
+                loss, pred = loss + part.detach(), pred.detach()
+                if logs:
+                    moments = moments + share * patch_moments(pred, target, mask)
+                    latents.append(latent.detach()[:, 1:].mean(dim=1))
+            scaler.unscale_(optimizer)
             if logs or saves:  # only here does a step wait for the device
                 grad_norm = torch.stack([p.grad.norm() for p in trained]).norm()
                 if not torch.isfinite(loss if scaler.is_enabled() else loss + grad_norm):
@@ -551,33 +544,39 @@ def train(args: Args) -> dict:
             scaler.update()
             bar.update()
             if logs:
-                r2, variance = (value.item() for value in reconstruction_metrics(*rows))
-                mean, feature = gather(loss[None]).mean().item(), collapse_metrics(h, center=True)
-                problems = {f"R2 {r2:.3f}: it predicts the mean; train longer, raise --base-lr": r2 < 0.01}
+                r2, variance = (value.item() for value in reconstruction_metrics(moments))
+                feature = collapse_metrics(torch.cat(latents), center=True)
+                words = f"R2 {r2:.3f}: it predicts the mean; lower --base-lr if R2 was higher, else raise it"
                 now, armed_after = time.perf_counter(), max(min(500, 0.2 * total), warmup)
-                metrics = {"train/loss": mean, "train/lr": group["lr"], "train/grad_norm": grad_norm.item()}
-                metrics |= {"mae/r2": r2, "mae/prediction_variance": variance}
+                metrics = {
+                    "train/loss": gather(loss[None]).mean().item(),
+                    "train/lr": group["lr"],
+                    "mae/r2": r2,
+                }
+                metrics |= {"train/grad_norm": grad_norm.item(), "mae/prediction_variance": variance}
                 metrics |= {f"monitor/{k}": v for k, v in feature.items()}
                 metrics["perf/images_per_second"] = args.batch_size * (step - logged) / (now - since)
                 metrics["perf/data_wait"] = waited / (now - since)
                 logged, since, waited = step, now, 0.0
                 if rank == 0:
-                    metrics["monitor/alarm"] = collapse_alarm(alarm, step, armed_after, problems)
+                    metrics["monitor/alarm"] = collapse_alarm(alarm, step, armed_after, {words: r2 < 0.01})
                     for tag, value in metrics.items():
                         board.add_scalar(tag, value, step)
                     line = {"step": step, "epoch": (step - 1) // per_epoch} | metrics
                     with open(run / "metrics.jsonl", "a") as log:
                         log.write(json.dumps(line) + "\n")
-                    bar.set_postfix_str(f"loss {mean:.3f} R2 {r2:.3f}")
+                    bar.set_postfix_str(f"loss {metrics['train/loss']:.3f} R2 {r2:.3f}")
             if rank == 0 and (step in (1, total) or step % args.picture_every == 0):
-                picture = reconstruction_picture(chunk, *parts[-1][1:4:2], *statistics, args.patch_size)
-                name = f"reconstruction-{step:06d}.png" if step > 1 else "views.png"
+                picture = reconstruction_picture(chunk, pred, mask, *statistics, args.patch_size)
+                name = f"reconstruction-{step:06d}.png" if step > 1 else "views.png"  # what it sees
                 torchvision.io.write_png(picture, str(run / name))
                 board.add_image("reconstruction", picture, step)
             if saves and rank == 0:
-                options = {"patch_size": args.patch_size, "xavier": True, "fixed_positions": True}
-                encoder = {k: v for k, v in model.state_dict().items() if not k.startswith(("deco", "mask"))}
-                export_backbone(run, "mae", args, h.shape[1], encoder, **options)
+                encoder = {
+                    k: v for k, v in model.state_dict().items() if not k.startswith(("decoder", "mask"))
+                }
+                arch_args = {"patch_size": args.patch_size, "xavier": True, "fixed_positions": True}
+                export_backbone(run, "mae", args, model.cls_token.shape[2], encoder, **arch_args)
                 state = {name: part.state_dict() for name, part in moving.items()}
                 state |= {"method": "mae", "step": step, "metrics": metrics, "alarm": alarm}
                 save_checkpoint(run / "checkpoint.pt", **state, logged=os.path.getsize(run / "metrics.jsonl"))
@@ -587,6 +586,8 @@ def train(args: Args) -> dict:
         raise SystemExit(f"{reason} (step {step}); the same command continues from its checkpoint")
     finally:
         bar.close()
+        if rank == 0:
+            board.close()
     if rank == 0:
         print(f"{run}/backbone.pt: " + ", ".join(f"{tag} {value:.4g}" for tag, value in metrics.items()))
     if world > 1:

@@ -65,7 +65,7 @@ class Args:
     negatives: bool = True  # without, only attraction is left and z collapses to a few directions: watch it
     epochs: int = 12  # passes over the data (paper: 100 to 1000)
     batch_size: int = 256  # images per step, of all processes together (paper: 4096)
-    micro_batch_size: int = 0  # images per pass and process, 0: all; same gradient, but BatchNorm sees chunks
+    micro_batch_size: int = 0  # images per pass and process, 0: all; same gradient, BatchNorm apart
     optimizer: Literal["sgd", "lars"] = "sgd"  # sgd: Nesterov; momentum 0.9 in both (paper: lars)
     base_lr: float = 0.025  # times batch / 256 is the learning rate (paper: 0.3)
     lr_scaling: Literal["linear", "sqrt"] = "linear"  # sqrt: times sqrt(batch), suits small ones (App. B.1)
@@ -183,13 +183,8 @@ def gather(rows):
     dist.all_gather(parts, rows.detach().contiguous())
     parts[dist.get_rank()] = rows  # the only part with a way back
     gathered = torch.cat(parts)
-
-    def sum_over_processes(grad):
-        dist.all_reduce(grad := grad.clone())
-        return grad
-
     if gathered.requires_grad:
-        gathered.register_hook(sum_over_processes)
+        gathered.register_hook(lambda grad: (total := grad.clone(), dist.all_reduce(total))[0])
     return gathered
 
 
@@ -589,6 +584,8 @@ def train(args: Args) -> dict:
         raise SystemExit(f"{reason} (step {step}); the same command continues from its checkpoint")
     finally:
         bar.close()
+        if rank == 0:
+            board.close()
     if rank == 0:
         print(f"{run}/backbone.pt: " + ", ".join(f"{tag} {value:.4g}" for tag, value in metrics.items()))
     if world > 1:
