@@ -415,6 +415,39 @@ dist.destroy_process_group()
     )
 
 
+def test_two_processes_write_what_one_writes(tmp_path, backbone_file, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    for i in range(5):
+        simclr.demo_image(i)[0].save(tmp_path / f"photos/{i}.png")
+    code = f"""
+import eval_linear
+options = {{"backbone": {str(backbone_file)!r}, "workers": 0, "labels": 60, "device": "cpu"}}
+eval_linear.evaluate(eval_linear.Args(mode="logreg", **options))
+eval_linear.evaluate(eval_linear.Args(mode="predict", data="photos", **options))
+"""
+    written = []
+    for n in (1, 2):
+        output = run_processes(tmp_path, code, n).stdout
+        assert (
+            output.count("60 labels, 1 x 2048 test images") == output.count("5 images, by the head of") == 1
+        )
+        result = json.loads((backbone_file.parent / "eval-logreg.json").read_text())
+        written.append((result["top1"], (backbone_file.parent / "predictions.csv").read_text()))
+    assert written[0] == written[1]
+
+
+def test_a_backbone_that_changes_is_noticed(backbone_file, monkeypatch):
+    extract = eval_linear.extract_features
+
+    def careless(backbone, pictures, *options):
+        backbone.train()(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))  # moves BatchNorm's buffers
+        return extract(backbone, pictures, *options)
+
+    monkeypatch.setattr(eval_linear, "extract_features", careless)
+    with pytest.raises(RuntimeError, match="the frozen backbone has changed"):
+        evaluate(Args(str(backbone_file), "knn", labels=50, workers=0))
+
+
 def test_subsets_and_folds_are_stratified():
     labels = torch.arange(1000) % 10
     chosen = eval_linear.stratified_subset(labels, 47, 0)
