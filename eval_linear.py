@@ -51,9 +51,7 @@ from tqdm import tqdm
 # --- Args ---------------------------------------------------------------------------------------------------
 @dataclass
 class Args:
-    backbone: str = (
-        "runs/simclr/backbone.pt"  # a file, random:FILE (untrained), pixels, or a ResNet of torchvision
-    )
+    backbone: str = "runs/simclr/backbone.pt"  # a file, random:FILE (untrained), pixels, a torchvision ResNet
     mode: Literal["linear", "finetune", "knn", "logreg", "features", "predict"] = "linear"  # see above
     preset: str = ""  # recipe of a paper: simclr-linear, mae-finetune, ...; a wrong name lists all
     data: str = "demo"  # demo, a folder of images in any layout, or a torchvision data set such as CIFAR10
@@ -67,7 +65,7 @@ class Args:
     k: tuple[int, ...] = (20, 200)  # neighbours of k-NN
     feature: Literal["auto", "cls", "mean", "both"] = "auto"  # of ViTs: [CLS], mean patch; auto: the method's
     layers: tuple[int, ...] = (-1,)  # of ViTs: blocks whose features stand side by side (DINO: -4 -3 -2 -1)
-    epochs: int = 0  # passes over the data; 0: 100, finetune 30 (paper: 90; finetune 60 at 1 % labels, 30)
+    epochs: int = 0  # passes over the data (paper: linear 90; finetune 60 at 1 %, 30. 0: 100, finetune 30)
     batch_size: int = 256  # images per step, of all processes together
     base_lr: float = 0.05  # times batch / 256 is the learning rate (paper: of finetune 0.05 in SimCLR)
     rates: tuple[float, ...] = ()  # the same of linear, the best is kept; none: 0.001 0.003 0.01 ... 10 30

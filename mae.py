@@ -55,9 +55,7 @@ class Args:
     image_size: int = 32  # side of a view in pixels (paper: 224)
     patch_size: int = 4  # side of a patch in pixels (paper: 16)
     mask_ratio: float = 0.75  # share of the patches that is hidden (paper: 0.75)
-    norm_pix: bool = (
-        False  # targets with mean 0 and variance 1 in each patch (paper: on in the recommended recipe)
-    )
+    norm_pix: bool = False  # targets with mean 0 and variance 1 in each patch (paper: on, recommended)
     min_scale: float = 0.2  # smallest area of a crop as a share of the image (paper: 0.2)
     workers: int = 2  # processes that read images, for each training process
     arch: Arch = "vit_nano"  # encoder, 128 to 1280 wide (paper: vit_base to vit_huge)
@@ -569,7 +567,7 @@ def train(args: Args) -> dict:
             if rank == 0 and (step in (1, total) or step % args.picture_every == 0):
                 picture = reconstruction_picture(chunk, pred, mask, *statistics, args.patch_size)
                 name = f"reconstruction-{step:06d}.png" if step > 1 else "views.png"  # what it sees
-                torchvision.io.write_png(picture, str(run / name))
+                v2.functional.to_pil_image(picture).save(run / name)
                 board.add_image("reconstruction", picture, step)
             if saves and rank == 0:
                 encoder = {
