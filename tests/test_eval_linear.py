@@ -419,18 +419,20 @@ def test_two_processes_write_what_one_writes(tmp_path, backbone_file, monkeypatc
     (tmp_path / "photos").mkdir()
     for i in range(5):
         simclr.demo_image(i)[0].save(tmp_path / f"photos/{i}.png")
+    for i in range(80):
+        folder = tmp_path / "data" / ("train" if i < 60 else "val") / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        simclr.demo_image(i)[0].save(folder / f"{i}.png")
     code = f"""
 import eval_linear
-options = {{"backbone": {str(backbone_file)!r}, "workers": 0, "labels": 60, "device": "cpu"}}
-eval_linear.evaluate(eval_linear.Args(mode="logreg", **options))
+options = {{"backbone": {str(backbone_file)!r}, "workers": 0, "device": "cpu"}}
+eval_linear.evaluate(eval_linear.Args(mode="logreg", data="data", **options))
 eval_linear.evaluate(eval_linear.Args(mode="predict", data="photos", **options))
 """
     written = []
     for n in (1, 2):
         output = run_processes(tmp_path, code, n).stdout
-        assert (
-            output.count("60 labels, 1 x 2048 test images") == output.count("5 images, by the head of") == 1
-        )
+        assert output.count("60 labels, 1 x 20 test images") == output.count("5 images, by the head of") == 1
         result = json.loads((backbone_file.parent / "eval-logreg.json").read_text())
         written.append((result["top1"], (backbone_file.parent / "predictions.csv").read_text()))
     assert written[0] == written[1]
