@@ -425,14 +425,13 @@ def test_two_processes_write_what_one_writes(tmp_path, backbone_file, monkeypatc
         simclr.demo_image(i)[0].save(folder / f"{i}.png")
     code = f"""
 import eval_linear
-options = {{"backbone": {str(backbone_file)!r}, "workers": 0, "device": "cpu"}}
-eval_linear.evaluate(eval_linear.Args(mode="logreg", data="data", **options))
-eval_linear.evaluate(eval_linear.Args(mode="predict", data="photos", **options))
+eval_linear.evaluate(eval_linear.Args({str(backbone_file)!r}, MODE, data=DATA, workers=0, device="cpu"))
 """
     written = []
     for n in (1, 2):
-        output = run_processes(tmp_path, code, n).stdout
-        assert output.count("60 labels, 1 x 20 test images") == output.count("5 images, by the head of") == 1
+        fit = run_processes(tmp_path, code.replace("MODE", "'logreg'").replace("DATA", "'data'"), n).stdout
+        use = run_processes(tmp_path, code.replace("MODE", "'predict'").replace("DATA", "'photos'"), n).stdout
+        assert fit.count("60 labels, 1 x 20 test images") == use.count("5 images, by the head of") == 1
         result = json.loads((backbone_file.parent / "eval-logreg.json").read_text())
         written.append((result["top1"], (backbone_file.parent / "predictions.csv").read_text()))
     assert written[0] == written[1]
