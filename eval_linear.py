@@ -668,6 +668,8 @@ def measure(args, rank, device, amp):
 def export_features(args, rank, device, amp):
     """features.pt: features (n, D) and items, the paths of the images of a folder, which needs no labels."""
     items = find_images(args.data) if os.path.isdir(args.data) else read_labels(args.data)[0]
+    if not items:
+        raise SystemExit(f"--data {args.data}: no images found")
     backbone = load_backbone(args.backbone, args.seed, args.side, args.feature, args.layers)
     features = extract_features(backbone, Pictures(items, backbone.side), args.workers, device, amp)
     if rank == 0:
@@ -796,7 +798,7 @@ def read_image(path, image_size, min_scale):
 
 
 def random_crop(size, min_scale):
-    """In the worker: random resized crop and flip of a uint8 image (C, H, W) -> (C, size, size) (App. A)."""
+    """In the worker: random resized crop and flip of a uint8 image (C, H, W) -> (C, size, size)."""
     crop = v2.RandomResizedCrop(size, (min_scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
     return v2.Compose([crop, v2.RandomHorizontalFlip()])
 

@@ -16,7 +16,9 @@ Photos: python mae.py --data photos/ --image-size 128 --patch-size 8 --arch vit_
 Paper: torchrun --nproc-per-node 8 mae.py --data imagenet/ --image-size 224 --patch-size 16 --arch vit_base \\
             --norm-pix --epochs 800 --warmup-epochs 40 --batch-size 4096 --base-lr 1.5e-4 --workers 12
 
-Differs from the official code: also small encoders, with small decoders; crops of uint8 tensors; bfloat16.
+Differs from the official code: encoders below vit_base too, with small decoders, because the paper's decoder
+costs more than a small encoder saves; crops resized as uint8 tensors (within 2 of 255 of Pillow's), of large
+JPEGs decoded at reduced size; bfloat16 on GPUs that have it.
 """
 
 import hashlib
@@ -84,7 +86,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def random_crop(size, min_scale):
-    """In the worker: random resized crop and flip of a uint8 image (C, H, W) -> (C, size, size) (App. A)."""
+    """In the worker: random resized crop and flip of a uint8 image (C, H, W) -> (C, size, size)."""
     crop = v2.RandomResizedCrop(size, (min_scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
     return v2.Compose([crop, v2.RandomHorizontalFlip()])
 
@@ -276,7 +278,7 @@ def reconstruction_picture(images, pred, mask, mean, std, patch_size):
     pixels = F.interpolate(pixels, scale_factor=math.ceil(128 / pixels.shape[3]))  # room for the words
     grid = v2.functional.to_pil_image(torchvision.utils.make_grid(pixels, nrow=4, padding=4, pad_value=1))
     page = ImageOps.expand(grid, (0, 30, 0, 0), "white")
-    hint = "" if std.amin() == std.amax() == 1 else "true mean, deviation"  # of each patch; it is not told
+    hint = "" if std.amin() == std.amax() == 1 else "true mean, deviation"  # which the network does not know
     for i, name in enumerate(("original\n", "masked\n", f"predicted\n{hint}", f"pasted\n{hint}")):
         ImageDraw.Draw(page).text((4 + i * (pixels.shape[3] + 4), 0), name, fill="black")
     return v2.functional.pil_to_tensor(page)
@@ -546,12 +548,9 @@ def train(args: Args) -> dict:
                 feature = collapse_metrics(torch.cat(latents), center=True)
                 words = f"R2 {r2:.3f}: it predicts the mean; lower --base-lr if R2 was higher, else raise it"
                 now, armed_after = time.perf_counter(), max(min(500, 0.2 * total), warmup)
-                metrics = {
-                    "train/loss": gather(loss[None]).mean().item(),
-                    "train/lr": group["lr"],
-                    "mae/r2": r2,
-                }
-                metrics |= {"train/grad_norm": grad_norm.item(), "mae/prediction_variance": variance}
+                metrics = {"train/loss": gather(loss[None]).mean().item(), "train/lr": group["lr"]}
+                metrics |= {"train/grad_norm": grad_norm.item()}
+                metrics |= {"mae/r2": r2, "mae/prediction_variance": variance}
                 metrics |= {f"monitor/{k}": v for k, v in feature.items()}
                 metrics["perf/images_per_second"] = args.batch_size * (step - logged) / (now - since)
                 metrics["perf/data_wait"] = waited / (now - since)
@@ -566,13 +565,12 @@ def train(args: Args) -> dict:
                     bar.set_postfix_str(f"loss {metrics['train/loss']:.3f} R2 {r2:.3f}")
             if rank == 0 and (step in (1, total) or step % args.picture_every == 0):
                 picture = reconstruction_picture(chunk, pred, mask, *statistics, args.patch_size)
-                name = f"reconstruction-{step:06d}.png" if step > 1 else "views.png"  # what it sees
+                name = f"reconstruction-{step:06d}.png" if step > 1 else "views.png"  # what the network sees
                 v2.functional.to_pil_image(picture).save(run / name)
                 board.add_image("reconstruction", picture, step)
             if saves and rank == 0:
-                encoder = {
-                    k: v for k, v in model.state_dict().items() if not k.startswith(("decoder", "mask"))
-                }
+                weights, rest = model.state_dict(), ("decoder", "mask_token")
+                encoder = {name: weights[name] for name in weights if not name.startswith(rest)}
                 arch_args = {"patch_size": args.patch_size, "xavier": True, "fixed_positions": True}
                 export_backbone(run, "mae", args, model.cls_token.shape[2], encoder, **arch_args)
                 state = {name: part.state_dict() for name, part in moving.items()}

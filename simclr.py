@@ -86,7 +86,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def random_crop(size, min_scale):
-    """In the worker: random resized crop and flip of a uint8 image (C, H, W) -> (C, size, size) (App. A)."""
+    """In the worker: random resized crop and flip of a uint8 image (C, H, W) -> (C, size, size)."""
     crop = v2.RandomResizedCrop(size, (min_scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
     return v2.Compose([crop, v2.RandomHorizontalFlip()])
 

@@ -45,6 +45,18 @@ def test_knn_votes_with_the_temperature():
     assert warm.argmax() == 1 and (warm[0] / warm[1]).item() == pytest.approx(0.555, abs=1e-3)
 
 
+def test_knn_by_softmax_weights_is_the_same():
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(100, 16, generator=generator), torch.randn(30, 16, generator=generator)
+    labels = torch.randint(0, 4, (100,), generator=generator)
+    ours = knn(bank, labels, queries, 10, 4)
+    normalize = torch.nn.functional.normalize
+    similarity, nearest = (normalize(queries) @ normalize(bank).T).topk(10, dim=1)
+    votes = torch.softmax(similarity / 0.07, dim=1)
+    slow = torch.stack([(votes * (labels[nearest] == c)).sum(dim=1) for c in range(4)], dim=1)
+    torch.testing.assert_close(ours / ours.sum(dim=1, keepdim=True), slow, atol=1e-5, rtol=1e-5)
+
+
 def test_knn_is_brute_force_and_scikit_learn():
     from sklearn.neighbors import KNeighborsClassifier
 
@@ -144,12 +156,19 @@ def test_batch_norm_becomes_part_of_the_layer():
     features = features * torch.logspace(-3, 3, 8) + 5
     weight, bias, _ = linear_probe(features, labels, 3, Args(epochs=30, batch_size=64, probe_norm=True))
     assert accuracy(features @ weight + bias, labels)["top1"] > 95
-    norm = torch.nn.BatchNorm1d(8, eps=1e-6, affine=False).eval()
-    norm.running_mean, norm.running_var = features.mean(0), features.var(0)
-    scale = (norm.running_var + norm.eps).rsqrt()
-    plain = torch.randn(8, 3)
-    folded = plain * scale[:, None], -norm.running_mean @ (plain * scale[:, None])
-    torch.testing.assert_close(features @ folded[0] + folded[1], norm(features) @ plain, atol=1e-3, rtol=1e-3)
+    # one full batch, one rate: the layer returned is that of BatchNorm and a linear layer trained by hand
+    args = Args(epochs=3, batch_size=300, rates=(0.5,), probe_norm=True, solver="sgd")
+    weight, bias, _ = linear_probe(features, labels, 3, args)
+    norm, layer = torch.nn.BatchNorm1d(8, eps=1e-6, momentum=None, affine=False), torch.nn.Linear(8, 3)
+    torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.5 * 300 / 256, momentum=0.9)
+    for step in range(3):
+        optimizer.param_groups[0]["lr"] = simclr.cosine_schedule(step, 3, 0, 0.5 * 300 / 256)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(layer(norm(features)), labels).backward()
+        optimizer.step()
+    expected = layer(norm.eval()(features)).detach()
+    torch.testing.assert_close(features @ weight + bias, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_held_out_labels_pick_the_rate():
@@ -208,6 +227,7 @@ def test_schedule_of_maes_probe():
     """Oracle 4: peak 6.4, warm-up 10, 90 epochs."""
     rates = [eval_linear.cosine_schedule(epoch, 90, 10, 6.4) for epoch in (5, 10, 50, 90)]
     assert rates == pytest.approx([3.2, 6.4, 3.2, 0.0])
+    assert eval_linear.cosine_schedule(45, 90, 0, 1.0) == pytest.approx(0.5)  # MoCo v3
 
 
 def test_presets_are_the_sheet_s_and_flags_win():
@@ -696,6 +716,13 @@ def test_bad_input(tmp_path, backbone_file, monkeypatch):
     refused(
         "--warmup-epochs 9.0: must be 0 or more, at most 3", backbone="pixels", warmup_epochs=9.0, epochs=3
     )
+    state = torch.load(backbone_file, weights_only=True)
+    weights = {f"module.{name}": tensor for name, tensor in state["state_dict"].items()}
+    torch.save(state | {"state_dict": weights}, "prefix.pt")
+    refused("prefix.pt: cannot be loaded", backbone="prefix.pt", mode="knn")
+    (tmp_path / "empty").mkdir()
+    refused("empty: no images found", backbone=str(backbone_file), data="empty", mode="features")
+    refused("empty: needs a folder for each", backbone=str(backbone_file), data="empty", mode="knn")
     torch.save({"model": {}}, "official.pt")
     refused("official.pt: cannot be loaded", backbone="official.pt")
     write_csv("two.csv", [(f"{i}.png", "ab"[i % 2]) for i in range(8)])
