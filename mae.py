@@ -517,9 +517,7 @@ def train(args: Args) -> dict:
             images = v2.functional.normalize(crops.to(device, non_blocking=True) / 255, MEAN, STD)
             generator = torch.Generator().manual_seed(hash((args.seed, 3, step)) % 2**32)
             noise = torch.rand(args.batch_size, side**2, generator=generator).chunk(world)[rank].to(device)
-            step += 1
-            logs = step == 1 or step % args.log_every == 0 or step == total
-            saves = step % args.checkpoint_every == 0 or step == total
+            logs = step in (0, total - 1) or (step + 1) % args.log_every == 0
             optimizer.zero_grad()
             loss, moments, latents = 0.0, 0.0, []
             chunks = list(zip(images.split(micro), noise.split(micro), strict=True))
@@ -536,6 +534,8 @@ def train(args: Args) -> dict:
                     moments = moments + share * patch_moments(pred, target, mask)
                     latents.append(latent.detach()[:, 1:].mean(dim=1))
             scaler.unscale_(optimizer)
+            step += 1
+            saves = step % args.checkpoint_every == 0 or step == total
             if logs or saves:  # only here does a step wait for the device
                 grad_norm = torch.stack([p.grad.norm() for p in trained]).norm()
                 if not torch.isfinite(loss if scaler.is_enabled() else loss + grad_norm):
