@@ -71,13 +71,13 @@ class Args:
     rates: tuple[float, ...] = ()  # the same of linear, the best is kept; none: 0.001 0.003 0.01 ... 10 30
     decay_epochs: tuple[int, ...] = ()  # linear: a tenth of the rate from each on, not a cosine (MoCo: 60 80)
     solver: Literal["nesterov", "sgd", "adamw"] = "nesterov"  # momentum 0.9; adamw 0.9, 0.999
-    weight_decay: float = 0.0  # not on biases and norms (paper: 0)
+    weight_decay: float = 0.0  # strength of weight decay (paper: 0)
     warmup_epochs: float = 0.0  # linear from 0 (paper: 0 for SimCLR; MAE 10, finetune 5)
     probe_norm: bool = False  # linear: BatchNorm without weights before the layer (MAE's probe, eps 1e-6)
     augment: bool = False  # linear: crops and flips anew in each epoch, not one cached feature an image
     min_scale: float = 0.08  # smallest area of a crop as a share of the image (paper: 0.08)
     layer_decay: float = 1.0  # finetune: learning rate of a layer as a share of the next one's (MAE: 0.65)
-    drop_path: float = 0.0  # finetune of ViTs: rate of the last block, 0 in the first (MAE: 0.1)
+    drop_path: float = 0.0  # stochastic depth of the last block, 0 in the first (paper: finetune of MAE 0.1)
     label_smoothing: float = 0.0  # finetune (MAE: 0.1)
     mixup: float = 0.0  # finetune: alpha of mixup, half of the batches if cutmix is on too (MAE: 0.8)
     cutmix: float = 0.0  # finetune: alpha of cutmix (MAE: 1.0)
@@ -268,7 +268,7 @@ class ViT(nn.Module):
     """Vision transformer in timm's names, images (B, 3, H, W) -> feature (B, D): cls, mean (of patch tokens)
     or both, normed, of each of the blocks `layers`, side by side. xavier: initialised as MAE."""
 
-    def __init__(self, arch, patch_size, image_size, xavier=False, feature="cls", layers=(-1,)):
+    def __init__(self, arch, patch_size, image_size, xavier=False, feature="cls", layers=(-1,), offset=0.0):
         super().__init__()
         dim, depth, heads = VITS[arch]
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
@@ -278,7 +278,7 @@ class ViT(nn.Module):
         self.norm, self.fc_norm = nn.LayerNorm(dim, eps=1e-6), nn.Identity()
         if not layers or not all(-depth <= layer < depth for layer in layers):
             raise ValueError(f"--layers {layers}: give some of {-depth} .. {depth - 1}")
-        self.feature, self.layers = feature, {layer % depth for layer in layers}
+        self.feature, self.layers, self.offset = feature, {layer % depth for layer in layers}, offset
         self.dim = dim * len(self.layers) * (2 if feature == "both" else 1)
         if xavier:
             nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(dim, -1))
@@ -288,7 +288,7 @@ class ViT(nn.Module):
 
     def forward(self, images):
         x = self.patch_embed(images)
-        pos_embed = resize_positions(self.pos_embed, *x.shape[2:])
+        pos_embed = resize_positions(self.pos_embed, *x.shape[2:], self.offset)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).mT], dim=1) + pos_embed
         parts = []
         for i, block in enumerate(self.blocks):
@@ -307,13 +307,16 @@ class ViT(nn.Module):
             self.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(self.dim, eps=1e-6)
 
 
-def resize_positions(pos_embed, height, width):
-    """Positions (1, 1 + N, D) of [CLS] and a square grid -> of height x width, bicubic; equal ones stay."""
+def resize_positions(pos_embed, height, width, offset=0.0):
+    """Positions (1, 1 + N, D) of [CLS] and a square grid -> of height x width, bicubic; equal ones stay. An
+    offset, 0.1 in DINO's official code, is added to the new sides and so shifts the grid a little."""
     side = math.isqrt(pos_embed.shape[1] - 1)
     if (side, side) == (height, width):
         return pos_embed
     grid = rearrange(pos_embed[:, 1:], "one (h w) d -> one d h w", h=side)
-    grid = F.interpolate(grid, (height, width), mode="bicubic", align_corners=False)
+    scale = ((height + offset) / side, (width + offset) / side)
+    new = {"scale_factor": scale} if offset else {"size": (height, width)}
+    grid = F.interpolate(grid, **new, mode="bicubic", align_corners=False)
     return torch.cat([pos_embed[:, :1], rearrange(grid, "one d h w -> one (h w) d")], dim=1)
 
 
@@ -592,9 +595,7 @@ def splits(labels, is_test, args, seed):
         if not len(test):
             raise SystemExit(f"--data {args.data}: has no test images, or too few labels for 5 folds")
         if not (fewest := len(labels.unique())) <= count <= len(train):
-            raise SystemExit(
-                f"{count} labels: must be {fewest}, one of each class, to {len(train)}, all of them"
-            )
+            raise SystemExit(f"{count} labels: must be {fewest}, one of each class, to all {len(train)}")
         yield (train[stratified_subset(labels[train], count, seed)] if count < len(train) else train), test
 
 
@@ -602,9 +603,8 @@ def evaluate(args: Args) -> dict:
     """Do --mode, print a table, write eval-MODE.json and head.pt beside the backbone; returns the results."""
     zero = "labels side epochs weight_decay workers seed warmup_epochs drop_path label_smoothing mixup cutmix"
     at_most = dict.fromkeys(("label_fraction", "min_scale", "layer_decay", "drop_path", "label_smoothing"), 1)
-    check_flags(args, zero.split(), **at_most, **({"warmup_epochs": args.epochs} if args.epochs else {}))
-    if not args.k or min(args.k + args.rates + (1,)) <= 0:
-        raise SystemExit(f"--k {args.k} --rates {args.rates}: must be above 0")
+    at_most |= {"warmup_epochs": args.epochs} if args.epochs else {}
+    check_flags(replace(args, layers=(), k=args.k or (0,)), zero.split(), **at_most)
     if args.watch:
         return follow(args)
     rank, world, device, amp = start_processes(args.device, args.amp)
@@ -689,9 +689,8 @@ def follow(args):
             if (path := run / "backbone.pt").exists() and path.stat().st_mtime_ns != seen:
                 seen, lines = path.stat().st_mtime_ns, (run / "metrics.jsonl").read_text().split("\n")[:-1]
                 result = evaluate(replace(args, watch="", mode="knn", backbone=str(path)))
-                board.add_scalar(
-                    "eval/knn_top1", result["top1"], json.loads(lines[-1])["step"] if lines else 0
-                )
+                step = json.loads(lines[-1])["step"] if lines else 0
+                board.add_scalar("eval/knn_top1", result["top1"], step)
                 board.flush()
             time.sleep(1)
     except KeyboardInterrupt:
@@ -797,9 +796,9 @@ def read_image(path, image_size, min_scale):
     return image.convert("RGB")
 
 
-def random_crop(size, min_scale):
+def random_crop(size, min_scale, max_scale=1.0):
     """In the worker: random resized crop and flip of a uint8 image (C, H, W) -> (C, size, size)."""
-    crop = v2.RandomResizedCrop(size, (min_scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+    crop = v2.RandomResizedCrop(size, (min_scale, max_scale), interpolation=v2.InterpolationMode.BICUBIC)
     return v2.Compose([crop, v2.RandomHorizontalFlip()])
 
 
@@ -818,7 +817,8 @@ def check_flags(args, may_be_zero, **at_most):
     """SystemExit unless all numbers are above 0, or 0 if in may_be_zero, and at most at_most[name]."""
     for name, value in asdict(args).items():
         least, most = 0 if name in may_be_zero else 1e-12, at_most.get(name, math.inf)
-        if type(value) in (int, float) and not least <= value <= most:
+        numbers = [x for x in (value if isinstance(value, tuple) else [value]) if type(x) in (int, float)]
+        if not all(least <= number <= most for number in numbers):
             allowed = ("above 0" if least else "0 or more") + (f", at most {most}" if name in at_most else "")
             raise SystemExit(f"--{name.replace('_', '-')} {value}: must be {allowed}")
 

@@ -68,7 +68,7 @@ class Args:
     batch_size: int = 256  # images per step, of all processes together (paper: 4096)
     micro_batch_size: int = 0  # images per pass and process, 0: all; same gradient, BatchNorm apart
     base_lr: float = 1e-3  # times batch / 256 is the learning rate (paper: 1.5e-4)
-    weight_decay: float = 0.05  # not on biases and norms (paper: 0.05)
+    weight_decay: float = 0.05  # strength of weight decay (paper: 0.05, not on biases and norms)
     warmup_epochs: float = 2.0  # linear from 0 (paper: 40)
     seed: int = 0  # of all random numbers
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
@@ -85,9 +85,9 @@ class Args:
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def random_crop(size, min_scale):
+def random_crop(size, min_scale, max_scale=1.0):
     """In the worker: random resized crop and flip of a uint8 image (C, H, W) -> (C, size, size)."""
-    crop = v2.RandomResizedCrop(size, (min_scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+    crop = v2.RandomResizedCrop(size, (min_scale, max_scale), interpolation=v2.InterpolationMode.BICUBIC)
     return v2.Compose([crop, v2.RandomHorizontalFlip()])
 
 
@@ -224,7 +224,7 @@ def gather(rows):
     """Rows (B, ...) of this process -> of all, by rank; with gradient, the sum of what all processes send."""
     if not dist.is_initialized():
         return rows
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    parts = [*rows.new_empty(dist.get_world_size(), *rows.shape)]
     dist.all_gather(parts, rows.detach().contiguous())
     parts[dist.get_rank()] = rows  # the only part with a way back
     gathered = torch.cat(parts)
@@ -384,7 +384,8 @@ def check_flags(args, may_be_zero, **at_most):
     """SystemExit unless all numbers are above 0, or 0 if in may_be_zero, and at most at_most[name]."""
     for name, value in asdict(args).items():
         least, most = 0 if name in may_be_zero else 1e-12, at_most.get(name, math.inf)
-        if type(value) in (int, float) and not least <= value <= most:
+        numbers = [x for x in (value if isinstance(value, tuple) else [value]) if type(x) in (int, float)]
+        if not all(least <= number <= most for number in numbers):
             allowed = ("above 0" if least else "0 or more") + (f", at most {most}" if name in at_most else "")
             raise SystemExit(f"--{name.replace('_', '-')} {value}: must be {allowed}")
 
@@ -448,8 +449,8 @@ def open_run(args, method, rank):
     if folder.is_file():
         raise SystemExit(f"--run-dir {folder}: is a file, must be a folder")
     if record.exists() and not args.restart:
-        held = json.loads(record.read_text())
-        other = ", ".join(f"--{k.replace('_', '-')} {held.get(k)}" for k in flags if held.get(k) != flags[k])
+        held, ours = json.loads(record.read_text()), json.loads(json.dumps(flags))
+        other = ", ".join(f"--{k.replace('_', '-')} {held.get(k)}" for k in ours if held.get(k) != ours[k])
         if other:
             raise SystemExit(f"{folder} holds a run with {other}: use another --run-dir, or --restart")
     checkpoint = load_checkpoint(path, method) if path.exists() and not args.restart else {}

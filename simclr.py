@@ -69,7 +69,7 @@ class Args:
     optimizer: Literal["sgd", "lars"] = "sgd"  # sgd: Nesterov; momentum 0.9 in both (paper: lars)
     base_lr: float = 0.025  # times batch / 256 is the learning rate (paper: 0.3)
     lr_scaling: Literal["linear", "sqrt"] = "linear"  # sqrt: times sqrt(batch), suits small ones (App. B.1)
-    weight_decay: float = 1e-4  # not on biases and norms (paper: 1e-6)
+    weight_decay: float = 1e-4  # strength of weight decay (paper: 1e-6, not on biases and norms)
     warmup_epochs: float = 1.0  # linear from 0 (paper: 10)
     seed: int = 0  # of all random numbers
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
@@ -85,22 +85,23 @@ class Args:
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def random_crop(size, min_scale):
+def random_crop(size, min_scale, max_scale=1.0):
     """In the worker: random resized crop and flip of a uint8 image (C, H, W) -> (C, size, size)."""
-    crop = v2.RandomResizedCrop(size, (min_scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+    crop = v2.RandomResizedCrop(size, (min_scale, max_scale), interpolation=v2.InterpolationMode.BICUBIC)
     return v2.Compose([crop, v2.RandomHorizontalFlip()])
 
 
-def draw_numbers(shape, strength, blur, solarize, generator):
-    """Random numbers of augment for `shape` images (App. A), (*shape, 7), and its order of colours: factor of
-    brightness, contrast, saturation; turns of hue; gray 0 or 1; sigma of blur, 0: none; solarize 0 or 1."""
-    u = torch.rand((*shape, 9), generator=generator)
-    low = torch.tensor([max(0.0, 1 - 0.8 * strength)] * 3 + [-0.2 * strength])
-    high = torch.tensor([1 + 0.8 * strength] * 3 + [0.2 * strength])
-    factors = torch.where(u[..., 4:5] < 0.8, torch.lerp(low, high, u[..., :4]), torch.tensor([1.0, 1, 1, 0]))
-    sigma = torch.where(u[..., 5:6] < blur, 0.1 + 1.9 * u[..., 6:7], 0.0)
-    numbers = torch.cat([factors, u[..., 7:8] < 0.2, sigma, u[..., 8:9] < solarize], dim=-1)
-    return numbers, torch.randperm(4, generator=generator).tolist()
+def draw_numbers(shape, jitter, blur, solarize, generator, chance=0.8):
+    """Random numbers of augment for `shape` images, (*shape, 7), and its order of colours: factor of
+    brightness, contrast, saturation; turns of hue; gray 0 or 1; sigma of blur, 0: none; solarize 0 or 1.
+    jitter: strength of the first four, applied by chance; blur, solarize: probability, one or one a view."""
+    u, neutral = torch.rand((*shape, 9), generator=generator), torch.tensor([1.0, 1, 1, 0])
+    low, high = (neutral - torch.tensor(jitter)).clamp(min=neutral - 1), neutral + torch.tensor(jitter)
+    factors = torch.where(u[..., 4:5] < chance, torch.lerp(low, high, u[..., :4]), neutral)
+    sigma = torch.where(u[..., 5] < torch.tensor(blur), 0.1 + 1.9 * u[..., 6], 0.0)
+    others = torch.stack([u[..., 7] < 0.2, sigma, u[..., 8] < torch.tensor(solarize)], dim=-1)
+    numbers = torch.cat([factors, others], dim=-1)
+    return numbers, [*torch.randperm(4, generator=generator).tolist(), 4]
 
 
 def shift_hue(images, turns):
@@ -135,10 +136,10 @@ def augment(images, numbers, order, blur_radius):
         lambda x: torch.lerp(gray_of(x).mean(dim=(2, 3), keepdim=True), x, contrast),
         lambda x: torch.lerp(gray_of(x), x, saturation),
         lambda x: shift_hue(x, hue),
+        lambda x: torch.where(gray > 0, gray_of(x), x),
     )
     for i in order:
         x = operations[i](x).clamp(0, 1)
-    x = torch.where(gray > 0, gray_of(x), x)
     if blur_radius:
         x = gaussian_blur(x, sigma, blur_radius)
     x = torch.where((solarize > 0) & (x >= 0.5), 1 - x, x)
@@ -179,7 +180,7 @@ def gather(rows):
     """Rows (B, ...) of this process -> of all, by rank; with gradient, the sum of what all processes send."""
     if not dist.is_initialized():
         return rows
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    parts = [*rows.new_empty(dist.get_world_size(), *rows.shape)]
     dist.all_gather(parts, rows.detach().contiguous())
     parts[dist.get_rank()] = rows  # the only part with a way back
     gathered = torch.cat(parts)
@@ -271,7 +272,7 @@ def contrastive_metrics(logits, positive):
     cross-entropy is below that of equal logits, ln(candidates)."""
     best_negative = logits.scatter(1, positive[:, None], -torch.inf).amax(dim=1)
     accuracy = (logits.gather(1, positive[:, None])[:, 0] > best_negative).float().mean()
-    return accuracy, math.log(logits.shape[1] - 1) - F.cross_entropy(logits, positive)
+    return accuracy, logits[0].isfinite().sum().log() - F.cross_entropy(logits, positive)
 
 
 def collapse_alarm(state, step, armed_after, problems):
@@ -374,7 +375,8 @@ def check_flags(args, may_be_zero, **at_most):
     """SystemExit unless all numbers are above 0, or 0 if in may_be_zero, and at most at_most[name]."""
     for name, value in asdict(args).items():
         least, most = 0 if name in may_be_zero else 1e-12, at_most.get(name, math.inf)
-        if type(value) in (int, float) and not least <= value <= most:
+        numbers = [x for x in (value if isinstance(value, tuple) else [value]) if type(x) in (int, float)]
+        if not all(least <= number <= most for number in numbers):
             allowed = ("above 0" if least else "0 or more") + (f", at most {most}" if name in at_most else "")
             raise SystemExit(f"--{name.replace('_', '-')} {value}: must be {allowed}")
 
@@ -438,8 +440,8 @@ def open_run(args, method, rank):
     if folder.is_file():
         raise SystemExit(f"--run-dir {folder}: is a file, must be a folder")
     if record.exists() and not args.restart:
-        held = json.loads(record.read_text())
-        other = ", ".join(f"--{k.replace('_', '-')} {held.get(k)}" for k in flags if held.get(k) != flags[k])
+        held, ours = json.loads(record.read_text()), json.loads(json.dumps(flags))
+        other = ", ".join(f"--{k.replace('_', '-')} {held.get(k)}" for k in ours if held.get(k) != ours[k])
         if other:
             raise SystemExit(f"{folder} holds a run with {other}: use another --run-dir, or --restart")
     checkpoint = load_checkpoint(path, method) if path.exists() and not args.restart else {}
@@ -490,6 +492,7 @@ def train(args: Args) -> dict:
     net = nn.parallel.DistributedDataParallel(model) if world > 1 and not micro else model
     keys = data.batches(args.batch_size, step, args.epochs, rank, world)
     loader = DataLoader(data, batch_sampler=keys, num_workers=args.workers, pin_memory=device.type == "cuda")
+    jitter = [scale * args.jitter_strength for scale in (0.8, 0.8, 0.8, 0.2)]  # App. A
     blur_radius = args.image_size // 20 if args.blur else 0  # kernel of a tenth of the side (App. A)
     if rank == 0:
         board = SummaryWriter(run, purge_step=step + 1)
@@ -515,8 +518,8 @@ def train(args: Args) -> dict:
                 group["lr"] = cosine_schedule(step, total, warmup, peak_lr)
             views = torch.stack([crop.to(device, non_blocking=True) for crop in crops], dim=1)
             generator = torch.Generator().manual_seed(hash((args.seed, 3, step)) % 2**32)
-            drawn = (args.batch_size, 2), args.jitter_strength, args.blur, args.solarize  # for all processes
-            numbers, order = draw_numbers(*drawn, generator)
+            shape = args.batch_size, 2  # for all processes
+            numbers, order = draw_numbers(shape, jitter, args.blur, args.solarize, generator)
             numbers = numbers.chunk(world)[rank].to(device, non_blocking=True)
             if step == 0 and rank == 0:
                 first = augment(views[:8].flatten(0, 1), numbers[:8].flatten(0, 1), order, blur_radius)

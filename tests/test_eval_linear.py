@@ -713,7 +713,8 @@ def test_bad_input(tmp_path, backbone_file, monkeypatch):
     refused("bad.pt: cannot be loaded", backbone="bad.pt")
     refused("head.pt: missing or damaged", **good, mode="predict")
     refused("--label-fraction 2.0: must be above 0, at most 1", **good, label_fraction=2.0)
-    refused("9999 labels: must be 10, one of each class, to 4096", backbone="pixels", labels=9999, mode="knn")
+    flags = {"backbone": "pixels", "labels": 9999, "mode": "knn"}
+    refused("9999 labels: must be 10, one of each class, to all 4096", **flags)
     refused("--k .*must be above 0", backbone="pixels", k=(0,))
     refused(
         "--warmup-epochs 9.0: must be 0 or more, at most 3", backbone="pixels", warmup_epochs=9.0, epochs=3

@@ -234,7 +234,7 @@ simclr.train(args)
     assert lines[0]["train/loss"] != pytest.approx(lines[-1]["train/loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (DOUBLE, 1e-12)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (DOUBLE, 1e-12)])
 def test_gradient_in_chunks_is_that_of_the_batch(dtype, tolerance):
     torch.manual_seed(0)
     model = SimCLR().to(dtype).eval()
@@ -373,7 +373,7 @@ def test_projector(depth, shapes):
 # Augmentation on the device = torchvision's, at equal factors
 
 
-def augmented(images, order=(0, 1, 2, 3), radius=0, **columns):
+def augmented(images, order=(0, 1, 2, 3, 4), radius=0, **columns):
     """augment with all factors neutral but those given; back in [0, 1]."""
     names = ["brightness", "contrast", "saturation", "hue", "gray", "sigma", "solarize"]
     numbers = torch.tensor([1.0, 1, 1, 0, 0, 0, 0]).repeat(len(images), 1)
@@ -429,7 +429,8 @@ def test_gray_blur_and_solarize_are_torchvision_s(images):
 
 def test_drawn_numbers_have_the_paper_s_distribution():
     draw = lambda seed, *p: simclr.draw_numbers((4000, 2), *p, torch.Generator().manual_seed(seed))  # noqa: E731
-    numbers, order = draw(0, 0.5, 0.5, 0.2)
+    half, none = (0.4, 0.4, 0.4, 0.1), (0.0, 0.0, 0.0, 0.0)
+    numbers, order = draw(0, half, 0.5, 0.2)
     flat = numbers.flatten(0, 1)
     jittered = (flat[:, :4] != torch.tensor([1.0, 1, 1, 0])).all(1)
     assert jittered.float().mean().item() == pytest.approx(0.8, abs=0.02)
@@ -442,11 +443,20 @@ def test_drawn_numbers_have_the_paper_s_distribution():
     assert (sigma > 0).float().mean().item() == pytest.approx(0.5, abs=0.02)
     assert 0.1 <= sigma[sigma > 0].min() < 0.12 and 1.98 < sigma.max() <= 2
     assert solarize.mean().item() == pytest.approx(0.2, abs=0.02)
-    assert sorted(order) == [0, 1, 2, 3] and len({tuple(draw(s, 1, 0, 0)[1]) for s in range(200)}) == 24
-    again, _ = draw(0, 0.5, 0.5, 0.2)
-    assert torch.equal(numbers, again) and not torch.equal(numbers, draw(1, 0.5, 0.5, 0.2)[0])
-    off, _ = draw(0, 0.0, 0.0, 0.0)
+    orders = {tuple(draw(s, half, 0, 0)[1]) for s in range(200)}
+    assert sorted(order[:4]) == [0, 1, 2, 3] and order[4] == 4 and len(orders) == 24
+    again, _ = draw(0, half, 0.5, 0.2)
+    assert torch.equal(numbers, again) and not torch.equal(numbers, draw(1, half, 0.5, 0.2)[0])
+    off, _ = draw(0, none, 0.0, 0.0)
     assert (off[..., [0, 1, 2, 3, 5, 6]] == torch.tensor([1.0, 1, 1, 0, 0, 0])).all()
+    full, _ = draw(0, (0.8, 0.8, 0.8, 0.2), 0.0, 0.0)
+    assert full[..., :3].min() >= 0.2 and full[..., 3].abs().max() <= 0.2
+    wide, _ = draw(0, (1.6, 1.6, 1.6, 0.4), 0.0, 0.0)
+    assert 0 <= wide[..., :3].min() < 0.01 and wide[..., 3].min() < -0.39
+    views, _ = draw(0, (0.4, 0.4, 0.2, 0.1), [1.0, 0.1], [0.0, 0.2])  # of each view its own
+    assert (views[..., 5] > 0).float().mean(dim=0).tolist() == pytest.approx([1, 0.1], abs=0.02)
+    assert views[..., 6].mean(dim=0).tolist() == pytest.approx([0, 0.2], abs=0.02)
+    assert views[..., 2].max().item() == pytest.approx(1.2, abs=0.01)
 
 
 def test_crop_of_a_tensor_is_that_of_the_image():
