@@ -22,6 +22,7 @@ from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dino  # noqa: E402
 import mae  # noqa: E402
 import simclr  # noqa: E402
 
@@ -54,12 +55,12 @@ def simclr_pipeline(side, images, rounds):
         (1.0, 0.08, 0.5) if side == 224 else (0.5, 0.08, 0.0)
     )  # the paper's, ImageNet and CIFAR
     theirs = SimCLRTransform(input_size=side, cj_strength=strength, gaussian_blur=blur, min_scale=scale)
-    crop = simclr.random_crop(side, scale)
+    crop, jitter = simclr.random_crop(side, scale), [strength * s for s in (0.8, 0.8, 0.8, 0.2)]
     batch = torch.stack([crop(pil_to_tensor(image)) for image in images])
     generator = torch.Generator().manual_seed(0)
 
     def device_side():
-        numbers, order = simclr.draw_numbers((len(batch),), strength, blur, 0.0, generator)
+        numbers, order = simclr.draw_numbers((len(batch),), jitter, blur, 0.0, generator)
         simclr.augment(batch, numbers, order, side // 20 if blur else 0)
 
     contestants = {
@@ -186,18 +187,84 @@ def mae_step(batch_size, rounds, image_size=32, patch_size=4):
     print(f"  multiply-adds of the blocks, all tokens / mask 0.75: {full / masked:.2f}")
 
 
+def dino_step(batch_size, rounds):
+    """Both with their own loop's order: teacher, student, loss, centre, gradients, AdamW, moving average."""
+    import timm
+    from lightly.loss import DINOLoss
+    from lightly.models.modules.heads import DINOProjectionHead
+    from lightly.models.utils import update_momentum
+
+    args = dino.Args(drop_path=0.0)
+    sides = [args.image_size] * 2 + [args.local_size] * args.local_crops
+    views = [torch.randn(batch_size, 3, side, side) for side in sides]
+
+    def ours():
+        student, teacher = dino.build(args), dino.build(args).requires_grad_(False)
+        trained = [p for p in student.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, 1e-4, fused=True)
+        center, batches = torch.zeros(1, args.out_dim), [torch.cat(views[:2]), torch.cat(views[2:])]
+
+        def step():
+            with torch.no_grad():
+                teacher_logits = teacher(batches[0]).unflatten(0, (2, -1))
+            logits = torch.cat([student(images) for images in batches]).unflatten(0, (len(views), -1))
+            loss = dino.dino_loss(logits, teacher_logits, center, 0.1, 0.04)
+            optimizer.zero_grad()
+            loss.backward()
+            dino.update_center(center, teacher_logits, 0.9)
+            optimizer.step()
+            dino.momentum_update(student, teacher, 0.99)
+
+        return step
+
+    def theirs():
+        """As in lightly's DINO example: one pass for each view; the ViT is timm's."""
+
+        def network():
+            dim, depth, heads = dino.VITS[args.arch]
+            options = {"img_size": args.image_size, "patch_size": args.patch_size, "dynamic_img_size": True}
+            backbone = timm.models.VisionTransformer(
+                **options, embed_dim=dim, depth=depth, num_heads=heads, num_classes=0
+            )
+            head = DINOProjectionHead(dim, args.head_dim, 256, args.out_dim, freeze_last_layer=1)
+            return nn.Sequential(backbone, head)
+
+        student, teacher, criterion = network(), network().requires_grad_(False), DINOLoss(args.out_dim)
+        trained = [p for p in student.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, 1e-4, fused=True)
+
+        def step():
+            update_momentum(student, teacher, m=0.99)
+            targets = [teacher(view) for view in views[:2]]
+            loss = criterion(targets, [student(view) for view in views], teacher_temp=0.04)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        return step
+
+    contestants = {"ours": ours(), "lightly and timm": theirs()}
+    rates = {name: batch_size / t for name, t in medians(contestants, rounds).items()}
+    crops = f"2 x {args.image_size} px, {args.local_crops} x {args.local_size} px, patch {args.patch_size}"
+    print(f"\nDINO step, {args.arch}, {crops}, batch {batch_size}, images a second")
+    for name, rate in rates.items():
+        print(f"  {name:22} {rate:7.1f}   ours / this {rates['ours'] / rate:.2f}")
+
+
 def main(rounds: int = 9, data: str = "", batch_size: int = 256, count: int = 128, only: str = ""):
     """Compare with lightly, transformers; --data: a folder of photos (default: the built-in images), --count
-    of them; --only mae or simclr."""
+    of them; --only simclr, mae or dino."""
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {rounds} rounds, medians")
-    if only != "mae":
+    if only in ("", "simclr"):
         for side in (224, 32):
             simclr_pipeline(side, photos(data, side, count), rounds)
         simclr_step(batch_size, rounds)
-    if only != "simclr":
+    if only in ("", "mae"):
         mae_step(batch_size, rounds)
+    if only in ("", "dino"):
+        dino_step(batch_size // 4, rounds)
 
 
 if __name__ == "__main__":

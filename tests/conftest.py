@@ -23,7 +23,11 @@ TRAINING = [
     )
 ]
 # Flags that make a run tiny, for scripts whose defaults are not tiny enough.
-TINY = {}
+TINY = {
+    "byol": {"hidden_dim": 64},
+    "dino": {"out_dim": 64, "head_dim": 64, "local_crops": 2},
+    "moco": {"queue_size": 64, "bn_splits": 2},
+}
 
 
 @pytest.fixture(scope="session")

@@ -307,7 +307,7 @@ def test_run_folder(module, folder, tmp_path, capsys):
     )
     assert not any(name.endswith(".tmp") for name in names)
     held = json.loads((run / "args.json").read_text())
-    assert held == dataclasses.asdict(args) | {"method": module.__name__}
+    assert held == json.loads(json.dumps(dataclasses.asdict(args))) | {"method": module.__name__}
     lines = metrics_of(run)
     assert [line["step"] for line in lines] == list(range(1, 21)) and [
         line["epoch"] for line in lines
@@ -510,9 +510,15 @@ def random_targets(module, monkeypatch):
     )
 
 
-# For each safeguard the flags that remove it, or a control that spoils the task; 60 steps on the demo
-# images are enough to see it.
-SAFEGUARDS = {"simclr": [{"negatives": False}], "mae": [random_targets]}
+# For each safeguard the flags that remove it, or a control that spoils the task, and what the alarm says; 60
+# steps on the demo images are enough to see it.
+SAFEGUARDS = {
+    "byol": [({"predictor": False}, "projections"), ({"stop_gradient": False}, "projections")],
+    "dino": [({"centering": False, "momentum": 0.9}, "one-hot"), ({"sharpening": False}, "uniform")],
+    "mae": [(random_targets, "predicts the mean")],
+    "moco": [({"negatives": False}, "directions|one way")],
+    "simclr": [({"negatives": False}, "directions|one way")],
+}
 SHORT = {
     "data": "demo",
     "epochs": 1,
@@ -523,7 +529,11 @@ SHORT = {
 }
 
 
-FASTER = {"mae": {"base_lr": 6e-3}}  # to be away from predicting the mean when the alarm is armed
+FASTER = {
+    # the alarm is not armed while the prototypes are frozen; large patches take less time
+    "dino": {"freeze_last_layer": 0, "patch_size": 16, "local_crops": 0},
+    "mae": {"base_lr": 6e-3},  # to be away from predicting the mean when the alarm is armed
+}
 
 
 def short(module):
@@ -532,13 +542,14 @@ def short(module):
 
 def test_a_removed_safeguard_rings_the_alarm(module, tmp_path, capsys, monkeypatch):
     assert SAFEGUARDS[module.__name__]
-    for flags in SAFEGUARDS[module.__name__]:
+    for flags, words in SAFEGUARDS[module.__name__]:
         if callable(flags):
             flags(module, monkeypatch)
             flags = {}
         module.train(tiny_args(module.__name__, **short(module), **flags, restart=True))
         lines = metrics_of(tmp_path / "run")
-        assert lines[-1]["monitor/alarm"] == 1 and capsys.readouterr().out.count("COLLAPSE") == 1
+        said = [line for line in capsys.readouterr().out.splitlines() if "COLLAPSE" in line]
+        assert lines[-1]["monitor/alarm"] == 1 and len(said) == 1 and re.search(words, said[0]), said
         assert not any(line["monitor/alarm"] for line in lines if line["step"] <= 0.2 * 64)
 
 
@@ -569,7 +580,7 @@ BAD_VALUES = {
     "workers": -1,
     "log_every": 0,
     "checkpoint_every": 0,
-    "temperature": 0.0,
+    "temperature": -1.0,
     "min_scale": 1.5,
     "blur": 2.0,
     "base_lr": math.nan,
@@ -604,9 +615,8 @@ def test_bad_data(module, folder, tmp_path):
     (tmp_path / "file").write_text("")
     refused(module, "--run-dir file: is a file", data=str(folder), run_dir="file")
     (tmp_path / "file").unlink()
-    refused(
-        module, "--batch-size 64: give a multiple of 1, at most 40 images", data=str(folder), batch_size=64
-    )
+    words = r"--batch-size 64: give a multiple of \d+, at most 40 images"
+    refused(module, words, data=str(folder), batch_size=64)
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
@@ -640,7 +650,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(module, folde
     flags = {"data": str(folder), "run_dir": "run", "checkpoint_every": 1, "warmup_epochs": 3, rate: 1e30}
     refused(module, "loss .*gradient .*lower", **flags)
     state = torch.load("run/checkpoint.pt", weights_only=True)
-    assert all(torch.isfinite(t).all() for t in tensors_of(state["model"]).values() if t.is_floating_point())
+    tensors = [tensor for tensor in tensors_of(state).values() if tensor.is_floating_point()]
+    assert len(tensors) > 20 and all(torch.isfinite(tensor).all() for tensor in tensors)
 
 
 def test_save_is_complete_or_not_at_all(module, tmp_path, monkeypatch):
