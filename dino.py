@@ -6,7 +6,7 @@
 
 Paper: Caron et al. 2021, arXiv 2104.14294; where paper and official PyTorch code differ, the code.
 A student and a teacher, its moving average, turn crops into logits over K prototypes: s_v of the student for
-every crop, two global and some small local ones, t_u of the teacher for the global ones; c is their mean:
+every crop, two global and some small local ones, t_u of the teacher for the global ones, of moving mean c:
   q_u = softmax((t_u - c) / T_t),  p_v = softmax(s_v / T_s),  L = mean over pairs u != v of  -sum q_u log p_v
 There are no negatives. Two opposite forces on the teacher stop the collapse (Sec. 5.3): centering (- c) keeps
 one prototype from taking all, sharpening (T_t below T_s) keeps all from being alike.
@@ -22,8 +22,8 @@ Paper:  torchrun --nproc-per-node 16 dino.py --data imagenet/ --image-size 224 -
 Differs from the official code: crops resized as uint8 tensors (within 2 of 255 of Pillow's), of large JPEGs
 decoded at reduced size; one order of colours a batch, not an image; a true Gaussian blur, cut at 2.5 sigma;
 AdamW for ResNets too; bfloat16 on GPUs that have it; a T_t of .02, because in short runs the teacher stays
-nearly uniform at .04 (demo, 5 epochs: logistic regression 61.8 % against 66.1 %). Several processes give the
-loss, gradient and centre of one, but for stochastic depth, drawn by each process, and ResNets' BatchNorm:
+nearly uniform at .04 (demo at batch 64: entropy 6.5 of 6.9 after 5 epochs). Several processes give the loss,
+gradient and centre of one, but for stochastic depth, drawn by each process, and ResNets' BatchNorm:
 synchronised on GPUs, each process's own on CPUs.
 """
 
