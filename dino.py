@@ -93,6 +93,7 @@ class Args:
     warmup_epochs: float = 1.0  # linear from 0 (paper: 10)
     freeze_last_layer: int = 1  # epochs in which the prototypes stay as they are (paper: 1)
     clip_grad: float = 3.0  # largest norm of the gradient of each tensor on its own (paper: 3)
+    init: str = ""  # backbone.pt that the encoder starts from, of convert.py or an earlier run
     seed: int = 0  # of all random numbers
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on cuda, off elsewhere
@@ -202,7 +203,7 @@ VITS = {"vit_nano": (128, 6, 4), "vit_tiny": (192, 12, 3), "vit_small": (384, 12
 VITS |= {"vit_base": (768, 12, 12), "vit_large": (1024, 24, 16), "vit_huge": (1280, 32, 16)}
 
 
-def resize_positions(pos_embed, height, width, offset=0.0):
+def resize_positions(pos_embed, height, width, offset=0.0, antialias=False):
     """Positions (1, 1 + N, D) of [CLS] and a square grid -> of height x width, bicubic; equal ones stay. An
     offset, 0.1 in DINO's official code, is added to the new sides and so shifts the grid a little."""
     side = math.isqrt(pos_embed.shape[1] - 1)
@@ -211,7 +212,7 @@ def resize_positions(pos_embed, height, width, offset=0.0):
     grid = rearrange(pos_embed[:, 1:], "one (h w) d -> one d h w", h=side)
     scale = ((height + offset) / side, (width + offset) / side)
     new = {"scale_factor": scale} if offset else {"size": (height, width)}
-    grid = F.interpolate(grid, **new, mode="bicubic", align_corners=False)
+    grid = F.interpolate(grid, **new, mode="bicubic", align_corners=False, antialias=antialias)
     return torch.cat([pos_embed[:, :1], rearrange(grid, "one d h w -> one (h w) d")], dim=1)
 
 
@@ -553,6 +554,24 @@ def load_checkpoint(path, method):
     return state
 
 
+def load_encoder(model, prefix, path, rank):
+    """Start the encoder, `prefix` in the model, from a backbone.pt (--init); SystemExit unless all of it
+    matches. What stays as it was, heads and decoders, is printed."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        fresh, wrong = model.load_state_dict({prefix + k: v for k, v in state.items()}, strict=False)
+    except Exception as error:  # no such file, no backbone.pt, other shapes
+        raise SystemExit(f"--init {path}: {' '.join(str(error).split())[:300]}")
+    heads = tuple(prefix + part for part in ("fc.", "decoder_", "mask_token", "lm_head."))
+    wrong += [name for name in fresh if name.startswith(prefix) and not name.startswith(heads)]
+    if wrong:
+        raise SystemExit(
+            f"--init {path}: does not fill this encoder, {len(wrong)} differ: {', '.join(wrong[:4])}"
+        )
+    if rank == 0:
+        print(f"--init {path}: new are {', '.join(sorted({name.split('.')[0] for name in fresh}))}")
+
+
 def export_backbone(folder, method, args, dim, weights, **arch_args):
     """backbone.pt: the encoder in public names and what its use takes. Uses save_checkpoint, MEAN, STD."""
     info = {"method": method, "arch": args.arch, "arch_args": arch_args, "image_size": args.image_size}
@@ -610,9 +629,11 @@ def train(args: Args) -> dict:
     per_epoch = len(data.items) // args.batch_size
     total, warmup = args.epochs * per_epoch, round(args.warmup_epochs * per_epoch)
     peak_lr = args.base_lr * args.batch_size / 256
-    run, checkpoint = open_run(args, "dino", rank)
     torch.manual_seed(args.seed)
     student, teacher = build(args, args.drop_path), build(args).requires_grad_(False)
+    if args.init:
+        load_encoder(student, "backbone.", args.init, rank)
+    run, checkpoint = open_run(args, "dino", rank)
     teacher.load_state_dict(student.state_dict())
     if world > 1 and device.type == "cuda":
         student, teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student, teacher))

@@ -51,7 +51,7 @@ from tqdm import tqdm
 # --- Args ---------------------------------------------------------------------------------------------------
 @dataclass
 class Args:
-    backbone: str = "runs/simclr/backbone.pt"  # a file, random:FILE (untrained), pixels, a torchvision ResNet
+    backbone: str = "runs/simclr/backbone.pt"  # file, random:FILE (untrained), pixels, resnet50, timm:NAME
     mode: Literal["linear", "finetune", "knn", "logreg", "features", "predict"] = "linear"  # see above
     preset: str = ""  # recipe of a paper: simclr-linear, mae-finetune, ...; a wrong name lists all
     data: str = "demo"  # demo, a folder of images in any layout, or a torchvision data set such as CIFAR10
@@ -232,71 +232,113 @@ def stratified_folds(labels, folds, seed):
 
 
 # --- Backbones ----------------------------------------------------------------------------------------------
-class Attention(nn.Module):
-    """Multi-head self-attention of tokens (B, N, D)."""
+class ViTBlock(nn.Module):
+    """Pre-norm block of tokens (B, N, D) on a grid (h, w), in timm's names and with the parts in `shapes`:
+    LayerScale (ls1, gamma_1), relative positions and no bias of keys (BEiT), SwiGLU, QuickGELU (CLIP)."""
 
-    def __init__(self, dim, heads):
+    def __init__(self, shapes, heads, eps, quick_gelu):
         super().__init__()
-        self.heads = heads
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        dim, hidden = shapes["mlp.fc2.weight"]
+        self.heads, self.drop_path, self.quick_gelu = heads, 0.0, quick_gelu
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim, "attn.qkv.bias" in shapes)})
+        self.attn["proj"] = nn.Linear(dim, dim)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, shapes["mlp.fc1.weight"][0])})
+        self.mlp["fc2"] = nn.Linear(hidden, dim)
+        starts = {"gamma": 1e-5, "gamma_1": 0.1, "gamma_2": 0.1}
+        for name in (name for name in shapes if name not in self.state_dict()):
+            *above, name = name.split(".")
+            start = torch.full(shapes[".".join([*above, name])], starts.get(name, 0.0))
+            if above and above[0] not in self._modules:
+                self.add_module(above[0], nn.Module())
+            (self.get_submodule(above[0]) if above else self).register_parameter(name, nn.Parameter(start))
 
-    def forward(self, x):
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+    def attention(self, x, grid):
+        qkv, own, bias = self.attn["qkv"], self.attn._parameters, None
+        shift = qkv.bias
+        if "q_bias" in own:
+            shift = torch.cat([own["q_bias"], torch.zeros_like(own["q_bias"]), own["v_bias"]])
+        if "relative_position_bias_table" in own:
+            bias = relative_bias(own["relative_position_bias_table"], *grid)
+        qkv = F.linear(x, qkv.weight, shift)
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v, bias if bias is None else bias.to(q.dtype))
+        return self.attn["proj"](rearrange(x, "b h n d -> b n (h d)"))
+
+    def perceptron(self, x):
+        x = self.mlp["fc1"](x)
+        if x.shape[-1] != self.mlp["fc2"].in_features:  # SwiGLU
+            gate, x = x.chunk(2, dim=-1)
+            return self.mlp["fc2"](F.silu(gate) * x)
+        return self.mlp["fc2"](x * torch.sigmoid(1.702 * x) if self.quick_gelu else F.gelu(x))
+
+    def forward(self, x, grid):
+        scales = dict(self.named_parameters())
+        for i, branch in ((1, lambda x: self.attention(x, grid)), (2, self.perceptron)):
+            y = branch(getattr(self, f"norm{i}")(x))
+            y = y * scales.get(f"ls{i}.gamma", scales.get(f"gamma_{i}", 1.0))
+            x = x + stochastic_depth(y, self.drop_path, "row", self.training)
+        return x
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block of tokens (B, N, D), in timm's names. Uses Attention."""
-
-    def __init__(self, dim, heads, drop_path=0.0):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn, self.drop_path = Attention(dim, heads), drop_path
-        layers = OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim))
-        self.mlp = nn.Sequential(layers)
-
-    def forward(self, x):
-        x = x + stochastic_depth(self.attn(self.norm1(x)), self.drop_path, "row", self.training)
-        return x + stochastic_depth(self.mlp(self.norm2(x)), self.drop_path, "row", self.training)
-
-
-VITS = {"vit_nano": (128, 6, 4), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6)}  # width, depth, heads
-VITS |= {"vit_base": (768, 12, 12), "vit_large": (1024, 24, 16), "vit_huge": (1280, 32, 16)}
+# heads of the methods' ViTs; width and depth are those of the weights
+HEADS = {"vit_nano": 4, "vit_tiny": 3, "vit_small": 6, "vit_base": 12, "vit_large": 16, "vit_huge": 16}
 
 
 class ViT(nn.Module):
-    """Vision transformer in timm's names, images (B, 3, H, W) -> feature (B, D): cls, mean (of patch tokens)
-    or both, normed, of each of the blocks `layers`, side by side. xavier: initialised as MAE."""
+    """Vision transformer with the parts in `shapes`, {name in timm: shape}; images (B, 3, H, W) -> feature
+    (B, D): cls, mean (of patch tokens) or both, normed, of each of the blocks `layers`, side by side.
+    offset: of resize_positions; xavier: initialised as MAE. Uses ViTBlock, resize_positions."""
 
-    def __init__(self, arch, patch_size, image_size, xavier=False, feature="cls", layers=(-1,), offset=0.0):
+    def __init__(self, shapes, heads, feature, layers, offset=0.0, eps=1e-6, quick_gelu=False, xavier=False):
         super().__init__()
-        dim, depth, heads = VITS[arch]
-        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
-        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + (image_size // patch_size) ** 2, dim))
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        self.norm, self.fc_norm = nn.LayerNorm(dim, eps=1e-6), nn.Identity()
+        dim, _, *patch = shapes["patch_embed.proj.weight"]
+        conv = nn.Conv2d(3, dim, patch, patch, bias="patch_embed.proj.bias" in shapes)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=conv))
+        for name in (name for name in ("cls_token", "reg_token", "pos_embed") if name in shapes):
+            self.register_parameter(name, nn.Parameter(0.02 * torch.randn(shapes[name])))
+        if "norm_pre.weight" in shapes:
+            self.norm_pre = nn.LayerNorm(dim, eps=eps)
+        blocks = {}
+        for name, shape in shapes.items():
+            if match := re.match(r"blocks\.(\d+)\.(.+)", name):
+                blocks.setdefault(int(match[1]), {})[match[2]] = shape
+        self.blocks = nn.ModuleList(ViTBlock(blocks[i], heads, eps, quick_gelu) for i in sorted(blocks))
+        self.norm, self.fc_norm = nn.LayerNorm(dim, eps=eps), nn.Identity()
+        depth, self.prefix = len(blocks), sum(shapes[n][1] for n in ("cls_token", "reg_token") if n in shapes)
         if not layers or not all(-depth <= layer < depth for layer in layers):
             raise ValueError(f"--layers {layers}: give some of {-depth} .. {depth - 1}")
-        self.feature, self.layers, self.offset = feature, {layer % depth for layer in layers}, offset
+        if feature != "mean" and "cls_token" not in shapes:
+            raise ValueError(f"--feature {feature}: the network has no [CLS], use mean")
+        self.feature, self.layers = feature, {layer % depth for layer in layers}
+        self.resizing = offset, "reg_token" in shapes  # DINOv2: antialiased in the models with registers
         self.dim = dim * len(self.layers) * (2 if feature == "both" else 1)
         if xavier:
-            nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(dim, -1))
+            nn.init.xavier_uniform_(conv.weight.view(dim, -1))
         for layer in (layer for layer in self.modules() if isinstance(layer, nn.Linear)):
             nn.init.xavier_uniform_(layer.weight) if xavier else nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
     def forward(self, images):
-        x = self.patch_embed(images)
-        pos_embed = resize_positions(self.pos_embed, *x.shape[2:], self.offset)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).mT], dim=1) + pos_embed
-        parts = []
+        x, own = self.patch_embed(images), self._parameters
+        grid, x = x.shape[2:], x.flatten(2).mT
+        first = [own[name].expand(len(x), -1, -1) for name in ("cls_token", "reg_token") if name in own]
+        if "pos_embed" in own:
+            pos_embed = own["pos_embed"]
+            if math.isqrt(pos_embed.shape[1]) ** 2 == pos_embed.shape[1]:  # of patches alone
+                pos_embed = F.pad(pos_embed, (0, 0, 1, 0))
+            pos_embed = resize_positions(pos_embed, *grid, *self.resizing)
+            first[:1] = [token + pos_embed[:, :1] for token in first[:1]]
+            x = x + pos_embed[:, 1:]
+        x, parts = torch.cat([*first, x], dim=1), []
+        x = self.norm_pre(x) if "norm_pre" in self._modules else x
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            x = block(x, grid)
             if i in self.layers:
                 tokens = self.norm(x)
                 parts += [tokens[:, 0]] if self.feature != "mean" else []
-                parts += [tokens[:, 1:].mean(dim=1)] if self.feature != "cls" else []
+                parts += [tokens[:, self.prefix :].mean(dim=1)] if self.feature != "cls" else []
         return self.fc_norm(torch.cat(parts, dim=1))
 
     def start_finetune(self, drop_path):
@@ -307,7 +349,41 @@ class ViT(nn.Module):
             self.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(self.dim, eps=1e-6)
 
 
-def resize_positions(pos_embed, height, width, offset=0.0):
+def relative_bias(table, height, width):
+    """Bias (heads, N, N) of attention among [CLS] and a grid, from BEiT's table ((2g - 1)^2 + 3, heads): by
+    row and column from key to query; then [CLS] to patch, patch to [CLS], itself. Uses spline_matrix."""
+    sides, old = (2 * height - 1, 2 * width - 1), math.isqrt(len(table) - 3)
+    if sides != (old, old):
+        to_rows, to_columns = (spline_matrix(old, side).to(table) for side in sides)
+        square = table[:-3].view(old, old, -1)
+        square = torch.einsum("ai,bj,ijh->abh", to_rows, to_columns, square)
+        table = torch.cat([square.flatten(0, 1), table[-3:]])
+    y, x = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
+    index = torch.full((1 + len(y),) * 2, len(table) - 3)
+    index[1:, 1:] = (y[:, None] - y + height - 1) * sides[1] + x[:, None] - x + width - 1
+    index[1:, 0], index[0, 0] = len(table) - 2, len(table) - 1
+    return table[index.to(table.device)].permute(2, 0, 1)
+
+
+def spline_matrix(old, new):
+    """(new, old) matrix of BEiT's resampling of one axis of its tables: a cubic spline (not-a-knot) through
+    old points whose distances grow geometrically until they span the new ones, whose distances are 1."""
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        low, high = (low, q) if (1 - q ** (old // 2)) / (1 - q) > new // 2 else (q, high)
+    steps = torch.tensor([q**i for i in range(old // 2)], dtype=torch.float64).cumsum(0)
+    x, at = torch.cat([-steps.flip(0), steps[:0].new_zeros(1), steps]), torch.arange(new) - new // 2
+    knots = x[2:-2]
+
+    def basis(points):  # truncated powers
+        powers = [points.double()[:, None] ** torch.arange(4), (points[:, None] - knots).clamp(min=0) ** 3]
+        return torch.cat(powers, dim=1) / x[-1] ** 3
+
+    return torch.linalg.solve(basis(x).T, basis(at).T).T
+
+
+def resize_positions(pos_embed, height, width, offset=0.0, antialias=False):
     """Positions (1, 1 + N, D) of [CLS] and a square grid -> of height x width, bicubic; equal ones stay. An
     offset, 0.1 in DINO's official code, is added to the new sides and so shifts the grid a little."""
     side = math.isqrt(pos_embed.shape[1] - 1)
@@ -316,7 +392,7 @@ def resize_positions(pos_embed, height, width, offset=0.0):
     grid = rearrange(pos_embed[:, 1:], "one (h w) d -> one d h w", h=side)
     scale = ((height + offset) / side, (width + offset) / side)
     new = {"scale_factor": scale} if offset else {"size": (height, width)}
-    grid = F.interpolate(grid, **new, mode="bicubic", align_corners=False)
+    grid = F.interpolate(grid, **new, mode="bicubic", align_corners=False, antialias=antialias)
     return torch.cat([pos_embed[:, :1], rearrange(grid, "one d h w -> one (h w) d")], dim=1)
 
 
@@ -334,25 +410,44 @@ class Backbone(nn.Module):
         return self.net(images.contiguous(memory_format=torch.channels_last)).flatten(1)
 
 
+def published(name, side):
+    """A network with its published weights, torchvision's or timm:NAME, without its last layer."""
+    if name.startswith("timm:"):
+        import timm
+
+        size = {"img_size": side} if side and "patch" in name else {}
+        net = timm.create_model(name[5:], pretrained=True, num_classes=0, **size)
+        given = net.pretrained_cfg
+        side = side or given["input_size"][1]
+        return Backbone(net, net.num_features, side, given["mean"], given["std"], "timm", name[5:])
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    net, given = torchvision.models.get_model(name, weights=weights), weights.transforms()
+    last, layer = [pair for pair in net.named_modules() if isinstance(pair[1], nn.Linear)][-1]
+    net.set_submodule(last, nn.Identity())
+    side = side or given.crop_size[0]
+    return Backbone(net, layer.in_features, side, given.mean, given.std, "torchvision", name)
+
+
 def load_backbone(path, seed=0, side=0, feature="auto", layers=(-1,), mode="linear"):
-    """backbone.pt, random:FILE (its network untrained), pixels, or a torchvision name; SystemExit if it
-    cannot be filled exactly. feature auto: mean token of I-JEPA and of fine-tuned masked models, or [CLS]."""
+    """backbone.pt, random:FILE (its network untrained), pixels, or a name of torchvision or timm; SystemExit
+    if it cannot be filled. feature auto: [CLS]; mean token if there is none, and of masked models to tune."""
     if path == "pixels":
         return Backbone(nn.Identity(), 3 * (side or 32) ** 2, side or 32, MEAN, STD, "pixels", "pixels")
     file = path.removeprefix("random:")
     try:
-        if path in torchvision.models.list_models():
-            net = torchvision.models.get_model(path, weights="DEFAULT")
-            dim, net.fc = net.fc.in_features, nn.Identity()
-            return Backbone(net, dim, side or 224, MEAN, STD, "torchvision", path)
+        if path.startswith("timm:") or path in torchvision.models.list_models(torchvision.models):
+            return published(path, side)
         state = torch.load(file, map_location="cpu", weights_only=True)
         torch.manual_seed(seed)
         method, options = state["method"], dict(state["arch_args"])
+        patch_size = options.pop("patch_size", 1)
         if state["arch"].startswith("vit"):
-            means = method == "ijepa" or (mode == "finetune" and method in ("mae", "beit"))
+            shapes = {name: tensor.shape for name, tensor in state["state_dict"].items()}
+            means = "cls_token" not in shapes or (mode == "finetune" and method in ("mae", "beit"))
             options["feature"] = ("mean" if means else "cls") if feature == "auto" else feature
+            options["heads"] = options.get("heads") or HEADS[state["arch"]]
             fixed = options.pop("fixed_positions", False)
-            net = ViT(state["arch"], image_size=state["image_size"], layers=layers, **options)
+            net = ViT(shapes, layers=layers, **options)
             dim = net.dim
             if fixed:  # a part of the network, not of what it has learnt
                 net.pos_embed.data.copy_(state["state_dict"]["pos_embed"])
@@ -364,8 +459,8 @@ def load_backbone(path, seed=0, side=0, feature="auto", layers=(-1,), mode="line
         raise SystemExit(f"--backbone {path}: no such file; train one, for example with python simclr.py")
     except Exception as error:  # of pickle, a missing key, another shape
         raise SystemExit(f"--backbone {path}: cannot be loaded ({' '.join(repr(error).split())})"[:300])
-    if side % state["arch_args"].get("patch_size", 1):
-        raise SystemExit(f"--side {side}: must be a multiple of the patches' {options['patch_size']} pixels")
+    if side % patch_size:
+        raise SystemExit(f"--side {side}: must be a multiple of the patches' {patch_size} pixels")
     net = net.to(memory_format=torch.channels_last)
     method = method if path == file else "random"
     return Backbone(net, dim, side or state["image_size"], state["mean"], state["std"], method, state["arch"])
@@ -519,9 +614,9 @@ def layer_groups(net, head, weight_decay, layer_decay):
     ids = [int(match[2] or int(match[1]) + 1) if match else None for match in found]
     depth, groups = max((id for id in ids if id), default=0), {}
     for (name, p), id in zip(named, ids, strict=True):
-        at_input = name.split(".")[0] in ("cls_token", "pos_embed", "patch_embed", "conv1", "bn1")
+        at_input = re.match("cls_token|reg_token|pos_embed|patch_embed|norm_pre|conv1|bn1", name)
         id = (0 if at_input else depth + 1) if id is None else id
-        plain = p.ndim <= 1 or name in ("cls_token", "pos_embed")
+        plain = p.ndim <= 1 or name in ("cls_token", "reg_token", "pos_embed")
         options = {"lr_scale": layer_decay ** (depth + 1 - id), "params": []}
         options["weight_decay"] = 0.0 if plain else weight_decay
         groups.setdefault((id, plain), options)["params"].append(p)

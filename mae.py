@@ -70,6 +70,7 @@ class Args:
     base_lr: float = 1e-3  # times batch / 256 is the learning rate (paper: 1.5e-4)
     weight_decay: float = 0.05  # strength of weight decay (paper: 0.05, not on biases and norms)
     warmup_epochs: float = 2.0  # linear from 0 (paper: 40)
+    init: str = ""  # backbone.pt that the encoder starts from, of convert.py or an earlier run
     seed: int = 0  # of all random numbers
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on cuda, off elsewhere
@@ -433,6 +434,24 @@ def load_checkpoint(path, method):
     return state
 
 
+def load_encoder(model, prefix, path, rank):
+    """Start the encoder, `prefix` in the model, from a backbone.pt (--init); SystemExit unless all of it
+    matches. What stays as it was, heads and decoders, is printed."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        fresh, wrong = model.load_state_dict({prefix + k: v for k, v in state.items()}, strict=False)
+    except Exception as error:  # no such file, no backbone.pt, other shapes
+        raise SystemExit(f"--init {path}: {' '.join(str(error).split())[:300]}")
+    heads = tuple(prefix + part for part in ("fc.", "decoder_", "mask_token", "lm_head."))
+    wrong += [name for name in fresh if name.startswith(prefix) and not name.startswith(heads)]
+    if wrong:
+        raise SystemExit(
+            f"--init {path}: does not fill this encoder, {len(wrong)} differ: {', '.join(wrong[:4])}"
+        )
+    if rank == 0:
+        print(f"--init {path}: new are {', '.join(sorted({name.split('.')[0] for name in fresh}))}")
+
+
 def export_backbone(folder, method, args, dim, weights, **arch_args):
     """backbone.pt: the encoder in public names and what its use takes. Uses save_checkpoint, MEAN, STD."""
     info = {"method": method, "arch": args.arch, "arch_args": arch_args, "image_size": args.image_size}
@@ -488,6 +507,8 @@ def train(args: Args) -> dict:
     model = MAE(args.arch, args.image_size, args.patch_size, decoder).to(device)
     if (width := model.mask_token.shape[2]) % math.lcm(4, heads := model.decoder_blocks[0].attn.heads):
         raise SystemExit(f"--decoder-dim {width}: give a multiple of 4 and of --decoder-heads {heads}")
+    if args.init:
+        load_encoder(model, "", args.init, rank)
     run, checkpoint = open_run(args, "mae", rank)
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay}]

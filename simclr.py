@@ -71,6 +71,7 @@ class Args:
     lr_scaling: Literal["linear", "sqrt"] = "linear"  # sqrt: times sqrt(batch), suits small ones (App. B.1)
     weight_decay: float = 1e-4  # strength of weight decay (paper: 1e-6, not on biases and norms)
     warmup_epochs: float = 1.0  # linear from 0 (paper: 10)
+    init: str = ""  # backbone.pt that the encoder starts from, of convert.py or an earlier run
     seed: int = 0  # of all random numbers
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on cuda, off elsewhere
@@ -424,6 +425,24 @@ def load_checkpoint(path, method):
     return state
 
 
+def load_encoder(model, prefix, path, rank):
+    """Start the encoder, `prefix` in the model, from a backbone.pt (--init); SystemExit unless all of it
+    matches. What stays as it was, heads and decoders, is printed."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        fresh, wrong = model.load_state_dict({prefix + k: v for k, v in state.items()}, strict=False)
+    except Exception as error:  # no such file, no backbone.pt, other shapes
+        raise SystemExit(f"--init {path}: {' '.join(str(error).split())[:300]}")
+    heads = tuple(prefix + part for part in ("fc.", "decoder_", "mask_token", "lm_head."))
+    wrong += [name for name in fresh if name.startswith(prefix) and not name.startswith(heads)]
+    if wrong:
+        raise SystemExit(
+            f"--init {path}: does not fill this encoder, {len(wrong)} differ: {', '.join(wrong[:4])}"
+        )
+    if rank == 0:
+        print(f"--init {path}: new are {', '.join(sorted({name.split('.')[0] for name in fresh}))}")
+
+
 def export_backbone(folder, method, args, dim, weights, **arch_args):
     """backbone.pt: the encoder in public names and what its use takes. Uses save_checkpoint, MEAN, STD."""
     info = {"method": method, "arch": args.arch, "arch_args": arch_args, "image_size": args.image_size}
@@ -469,9 +488,11 @@ def train(args: Args) -> dict:
     per_epoch = len(data.items) // args.batch_size
     total, warmup = args.epochs * per_epoch, round(args.warmup_epochs * per_epoch)
     peak_lr = args.base_lr * (args.batch_size / 256 if args.lr_scaling == "linear" else args.batch_size**0.5)
-    run, checkpoint = open_run(args, "simclr", rank)
     torch.manual_seed(args.seed)
     model = SimCLR(args.arch, args.stem, args.proj_dim, args.proj_layers)
+    if args.init:
+        load_encoder(model, "backbone.", args.init, rank)
+    run, checkpoint = open_run(args, "simclr", rank)
     model = model.to(device, memory_format=torch.channels_last)  # twice as fast on CPUs
     if world > 1 and device.type == "cuda":  # a process's own statistics would tell which rows are its own
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

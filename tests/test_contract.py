@@ -20,7 +20,7 @@ from conftest import ROOT, TRAINING, command_line, run, run_processes, tiny_args
 from PIL import Image, ImageFile
 
 COMMON = """
-    data image_size arch epochs batch_size weight_decay warmup_epochs workers device amp compile seed
+    data image_size arch epochs batch_size weight_decay warmup_epochs workers device amp compile seed init
     run_dir restart log_every checkpoint_every
 """
 TAGS = """
@@ -530,6 +530,7 @@ SHORT = {
 
 
 FASTER = {
+    "byol": {"base_lr": 0.08, "momentum": 0.9},  # for the constant to be found in 64 steps
     # the alarm is not armed while the prototypes are frozen; large patches take less time
     "dino": {"freeze_last_layer": 0, "patch_size": 16, "local_crops": 0},
     "mae": {"base_lr": 6e-3},  # to be away from predicting the mean when the alarm is armed
@@ -667,3 +668,47 @@ def test_save_is_complete_or_not_at_all(module, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert module.load_checkpoint(tmp_path / "a.pt", "x")["tensor"].sum() == 3
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+# --init
+
+
+def test_starts_from_a_backbone(module, folder, tmp_path, capsys, monkeypatch):
+    """All of the encoder is that of the file, moving averages too; the rest is new and listed."""
+    flags = {"data": str(folder), "epochs": 1}
+    module.train(tiny_args(module.__name__, **flags, run_dir=str(tmp_path / "a"), seed=1))
+    path, start = tmp_path / "a/backbone.pt", {}
+    saved, models = torch.load(path, weights_only=True), []
+    load_encoder, open_run = module.load_encoder, module.open_run
+    monkeypatch.setattr(module, "load_encoder", lambda *a: models.append(a[0]) or load_encoder(*a))
+
+    def spy(*args):
+        start.update({name: tensor.clone() for name, tensor in models[0].state_dict().items()})
+        return open_run(*args)
+
+    monkeypatch.setattr(module, "open_run", spy)
+    capsys.readouterr()
+    module.train(tiny_args(module.__name__, **flags, init=str(path), run_dir=str(tmp_path / "b")))
+    assert re.search(rf"--init {re.escape(str(path))}: new are \w+", capsys.readouterr().out)
+    assert json.loads((tmp_path / "b/args.json").read_text())["init"] == str(path)
+    encoders = {"", "backbone.", "encoder_q.", "encoder_k.", "online.backbone.", "target.backbone."}
+    for name, tensor in saved["state_dict"].items():
+        ours = [start[encoder + name] for encoder in encoders if encoder + name in start]
+        assert ours and all(torch.equal(start, tensor) for start in ours), name
+
+
+def test_a_start_that_does_not_match_is_refused(module, folder, tmp_path):
+    args = tiny_args(module.__name__, data=str(folder), epochs=1, run_dir=str(tmp_path / "a"))
+    module.train(args)
+    saved = torch.load(tmp_path / "a/backbone.pt", weights_only=True)
+    state = saved["state_dict"]
+    name = next(name for name in state if name.endswith(".weight"))
+    more, less = state | {"layer9.weight": torch.ones(1)}, {k: v for k, v in state.items() if k != name}
+    other = {k: v[..., :-1] if k == name else v for k, v in state.items()}
+    for part, words in ((more, "layer9.weight"), (less, name), (other, name)):
+        torch.save(saved | {"state_dict": part}, tmp_path / "bad.pt")
+        with pytest.raises(SystemExit, match=r"--init bad.pt: .*" + re.escape(words)):
+            module.train(dataclasses.replace(args, init="bad.pt", run_dir="c"))
+    with pytest.raises(SystemExit, match="--init none.pt: .*No such file"):
+        module.train(dataclasses.replace(args, init="none.pt", run_dir="c"))
+    assert not (tmp_path / "c").exists()

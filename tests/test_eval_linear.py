@@ -6,7 +6,9 @@ import math
 import shutil
 
 import pytest
+import timm
 import torch
+import torchvision
 from conftest import run_processes
 
 import eval_linear
@@ -261,25 +263,25 @@ def test_presets_are_the_sheet_s_and_flags_win():
 # The ViT
 
 
+NANO = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4, "num_classes": 0}
+
+
 @pytest.fixture
 def vit_file(tmp_path):
     """A vit_nano of 32 px and patch 8 in a run folder."""
     torch.manual_seed(0)
-    net = eval_linear.ViT("vit_nano", 8, 32)
     args = simclr.Args(image_size=32)
     args.arch = "vit_nano"
     (tmp_path / "run").mkdir()
+    weights = timm.models.VisionTransformer(**NANO).state_dict()
     options = {"patch_size": 8, "xavier": True, "fixed_positions": True}
-    simclr.export_backbone(tmp_path / "run", "mae", args, 128, net.state_dict(), **options)
+    simclr.export_backbone(tmp_path / "run", "mae", args, 128, weights, **options)
     return tmp_path / "run/backbone.pt"
 
 
 def test_vit_is_timms(vit_file):
-    import timm
-
     ours = load_backbone(str(vit_file), layers=(1, -1), feature="both").net.eval()
-    options = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
-    theirs = timm.models.VisionTransformer(**options, num_classes=0).eval()
+    theirs = timm.models.VisionTransformer(**NANO).eval()
     theirs.load_state_dict(ours.state_dict())
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -733,3 +735,30 @@ def test_bad_input(tmp_path, backbone_file, monkeypatch):
     refused(
         "was trained on another backbone", backbone="pixels", data="flat", mode="predict", head="run/head.pt"
     )
+
+
+def test_published_networks_of_torchvision_and_timm(monkeypatch):
+    """Their last linear layer is off, their side and statistics are their own; no download in this test."""
+    get_model, create_model = torchvision.models.get_model, timm.create_model
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: get_model(name))
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **k: create_model(name, **k))
+    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    for name, dim, layer in (("resnet18", 512, "fc"), ("vit_b_32", 768, "heads"), ("squeezenet1_0", 0, "")):
+        torch.manual_seed(0)
+        if not dim:
+            with pytest.raises(SystemExit, match="--backbone squeezenet1_0: cannot be loaded"):
+                load_backbone(name)
+            continue
+        backbone = load_backbone(name).eval()
+        torch.manual_seed(0)
+        theirs = get_model(name).eval()
+        setattr(theirs, layer, torch.nn.Identity())
+        with torch.no_grad():
+            pixels = (images / 255 - torch.tensor(eval_linear.MEAN).view(3, 1, 1)) / backbone.std
+            torch.testing.assert_close(backbone(images), theirs(pixels), atol=1e-4, rtol=1e-4)
+        assert (backbone.dim, backbone.side, backbone.method) == (dim, 224, "torchvision")
+    backbone = load_backbone("timm:vit_tiny_patch16_224", side=64).eval()
+    assert backbone(images[..., :64, :64]).shape == (2, 192) and backbone.side == 64
+    assert backbone.mean.flatten().tolist() == [0.5] * 3
+    with pytest.raises(SystemExit, match="--backbone timm:vit_nonsense: cannot be loaded"):
+        load_backbone("timm:vit_nonsense")
