@@ -22,8 +22,10 @@ from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import byol  # noqa: E402
 import dino  # noqa: E402
 import mae  # noqa: E402
+import moco  # noqa: E402
 import simclr  # noqa: E402
 
 
@@ -37,6 +39,14 @@ def medians(contestants, rounds):
             if round:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def show(title, contestants, batch_size, rounds):
+    """Print images a second of each, and how often faster the first one is."""
+    rates = {name: batch_size / t for name, t in medians(contestants, rounds).items()}
+    print(f"\n{title}, {torch.get_num_threads()} threads, images a second")
+    for name, rate in rates.items():
+        print(f"  {name:32} {rate:7.1f}   ours / this {next(iter(rates.values())) / rate:.2f}")
 
 
 def photos(data, side, count):
@@ -124,11 +134,7 @@ def simclr_step(batch_size, rounds):
         "lightly as shipped": theirs(torch.contiguous_format),
         "lightly channels_last": theirs(torch.channels_last),
     }
-    rates = {name: batch_size / t for name, t in medians(contestants, rounds).items()}
-    threads = torch.get_num_threads()
-    print(f"\nSimCLR step, ResNet-18, 32 px, batch {batch_size}, {threads} threads, images a second")
-    for name, rate in rates.items():
-        print(f"  {name:22} {rate:7.1f}   ours / this {rates['ours'] / rate:.2f}")
+    show(f"SimCLR step, ResNet-18, 32 px, batch {batch_size}", contestants, batch_size, rounds)
 
 
 def mae_step(batch_size, rounds, image_size=32, patch_size=4):
@@ -173,7 +179,12 @@ def mae_step(batch_size, rounds, image_size=32, patch_size=4):
         "ours, all tokens in the encoder": stepper(ours, lambda: loss_of(0.0)),
         "transformers, mask 0.75": stepper(theirs, lambda: theirs(images).loss),
     }
-    rates = {name: batch_size / t for name, t in medians(contestants, rounds).items()}
+    show(
+        f"MAE step, vit_nano, {image_size} px, patch {patch_size}, batch {batch_size}",
+        contestants,
+        batch_size,
+        rounds,
+    )
     n = (image_size // patch_size) ** 2
 
     def multiply_adds(tokens, width, blocks):
@@ -181,9 +192,6 @@ def mae_step(batch_size, rounds, image_size=32, patch_size=4):
 
     decoder = multiply_adds(n + 1, ddim, ddepth)
     masked, full = (multiply_adds(1 + kept, dim, depth) + decoder for kept in (n // 4, n))
-    print(f"\nMAE step, vit_nano, {image_size} px, patch {patch_size}, batch {batch_size}, images a second")
-    for name, rate in rates.items():
-        print(f"  {name:32} {rate:7.1f}   ours / this {rates['ours, mask 0.75'] / rate:.2f}")
     print(f"  multiply-adds of the blocks, all tokens / mask 0.75: {full / masked:.2f}")
 
 
@@ -244,16 +252,127 @@ def dino_step(batch_size, rounds):
         return step
 
     contestants = {"ours": ours(), "lightly and timm": theirs()}
-    rates = {name: batch_size / t for name, t in medians(contestants, rounds).items()}
     crops = f"2 x {args.image_size} px, {args.local_crops} x {args.local_size} px, patch {args.patch_size}"
-    print(f"\nDINO step, {args.arch}, {crops}, batch {batch_size}, images a second")
-    for name, rate in rates.items():
-        print(f"  {name:22} {rate:7.1f}   ours / this {rates['ours'] / rate:.2f}")
+    show(f"DINO step, {args.arch}, {crops}, batch {batch_size}", contestants, batch_size, rounds)
+
+
+def moco_step(batch_size, rounds, queue_size=4096):
+    """Both with plain BatchNorm and shuffled keys; lightly's as in its MoCo example, v2 heads."""
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules.heads import MoCoProjectionHead
+    from lightly.models.utils import batch_shuffle, batch_unshuffle, update_momentum
+
+    views = torch.randn(2, batch_size, 3, 32, 32)
+
+    def ours():
+        model = moco.MoCo("resnet18", queue_size=queue_size).to(memory_format=torch.channels_last)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, 0.03, momentum=0.9, weight_decay=1e-4, fused=True)
+
+        def step():
+            query, key = (view.contiguous(memory_format=torch.channels_last) for view in views)
+            moco.momentum_update(model.encoder_q, model.encoder_k, 0.99)
+            q, _ = model(query)
+            places = torch.randperm(batch_size)
+            with torch.no_grad():
+                k = model(key[places], keys=True)[0][places.argsort()]
+            loss = moco.info_nce(q, k, model.queue.clone(), 0.2)
+            moco.enqueue(model.queue, model.queue_ptr, k)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        return step
+
+    def theirs(memory_format):
+        def network(head):
+            backbone = torchvision.models.resnet18()
+            backbone.fc = nn.Identity()
+            return nn.Sequential(backbone, head).to(memory_format=memory_format)
+
+        model = network(MoCoProjectionHead(512, 512, 128))
+        momentum = network(MoCoProjectionHead(512, 512, 128)).requires_grad_(False)
+        momentum.load_state_dict(model.state_dict())
+        criterion = NTXentLoss(temperature=0.2, memory_bank_size=(queue_size, 128))
+        optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
+
+        def step():
+            query, key = (view.contiguous(memory_format=memory_format) for view in views)
+            update_momentum(model, momentum, 0.99)
+            q = model(query)
+            key, places = batch_shuffle(key)
+            k = batch_unshuffle(momentum(key), places)
+            loss = criterion(q, k)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        return step
+
+    contestants = {
+        "ours": ours(),
+        "lightly as shipped": theirs(torch.contiguous_format),
+        "lightly channels_last": theirs(torch.channels_last),
+    }
+    show(
+        f"MoCo v2 step, ResNet-18, 32 px, K {queue_size}, batch {batch_size}", contestants, batch_size, rounds
+    )
+
+
+def byol_step(batch_size, rounds):
+    """lightly's as in its BYOL example: heads 1024 and 256, four passes, cosines of both directions."""
+    from lightly.loss import NegativeCosineSimilarity
+    from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
+    from lightly.models.utils import update_momentum
+
+    views = torch.randn(2, batch_size, 3, 32, 32)
+
+    def stepper(model, target, loss_of, update, memory_format, **options):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, 0.05, momentum=0.9, weight_decay=1e-4, **options)
+
+        def step():
+            batch = [view.contiguous(memory_format=memory_format) for view in views]
+            with torch.no_grad():
+                t0, t1 = target(batch[0]), target(batch[1])
+            loss = loss_of(batch[0], t1) + loss_of(batch[1], t0)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            update()
+
+        return step
+
+    def ours():
+        model = byol.BYOL("resnet18", hidden_dim=1024).to(memory_format=torch.channels_last)
+        update = lambda: byol.momentum_update(model.online, model.target, 0.99)  # noqa: E731
+        loss_of = lambda view, target: byol.byol_loss(model(view)[0], target)  # noqa: E731
+        return stepper(model, model.target, loss_of, update, torch.channels_last, fused=True)
+
+    def theirs(memory_format):
+        def network():
+            backbone = torchvision.models.resnet18()
+            backbone.fc = nn.Identity()
+            return nn.Sequential(backbone, BYOLProjectionHead(512, 1024, 256))
+
+        online = nn.Sequential(network(), BYOLPredictionHead(256, 1024, 256)).to(memory_format=memory_format)
+        target = network().to(memory_format=memory_format).requires_grad_(False)
+        target.load_state_dict(online[0].state_dict())
+        criterion = NegativeCosineSimilarity()
+        update = lambda: update_momentum(online[0], target, m=0.99)  # noqa: E731
+        return stepper(online, target, lambda view, t: criterion(online(view), t), update, memory_format)
+
+    contestants = {
+        "ours": ours(),
+        "lightly as shipped": theirs(torch.contiguous_format),
+        "lightly channels_last": theirs(torch.channels_last),
+    }
+    show(f"BYOL step, ResNet-18, 32 px, batch {batch_size}", contestants, batch_size, rounds)
 
 
 def main(rounds: int = 9, data: str = "", batch_size: int = 256, count: int = 128, only: str = ""):
     """Compare with lightly, transformers; --data: a folder of photos (default: the built-in images), --count
-    of them; --only simclr, mae or dino."""
+    of them; --only simclr, moco, byol, dino or mae."""
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {rounds} rounds, medians")
@@ -261,6 +380,10 @@ def main(rounds: int = 9, data: str = "", batch_size: int = 256, count: int = 12
         for side in (224, 32):
             simclr_pipeline(side, photos(data, side, count), rounds)
         simclr_step(batch_size, rounds)
+    if only in ("", "moco"):
+        moco_step(batch_size, rounds)
+    if only in ("", "byol"):
+        byol_step(batch_size, rounds)
     if only in ("", "mae"):
         mae_step(batch_size, rounds)
     if only in ("", "dino"):

@@ -1,0 +1,103 @@
+"""Is pretraining worth it for me? Accuracy against the number of labels, for several backbones, as a picture.
+
+    python benchmarks/label_curve.py --data PHOTOS --backbones untrained=random:runs/simclr/backbone.pt \
+        SimCLR=runs/simclr/backbone.pt --scratch runs/simclr/backbone.pt --to benchmarks/label_curve.png
+
+Frozen features and logistic regression (evaluation.md 4 and 7: stratified subsets, the penalty chosen among
+the labels), and --scratch, the architecture of that file trained from random weights on the labels alone:
+SGD, crops and flips, about 600 steps, with all labels 15 epochs. Mean and sample deviation over --seeds.
+"""
+
+import json
+from pathlib import Path
+
+import matplotlib
+import torch
+import tyro
+
+matplotlib.use("Agg")
+import sys  # noqa: E402
+
+import matplotlib.pyplot as plt  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import eval_linear as E  # noqa: E402
+
+
+def frozen(path, data, counts, seeds):
+    """{labels: [top-1 of each seed]} of logistic regression on frozen features."""
+    items, labels, classes, is_test = E.read_labels(data)
+    top1, features = {count: [] for count in counts}, None
+    for seed in range(seeds):
+        if features is None or path.startswith("random:"):
+            backbone = E.load_backbone(path, seed)
+            features = E.extract_features(backbone, E.Pictures(items, backbone.side), workers=2)
+        for count in counts:
+            if count == 0 and seed and not path.startswith("random:"):
+                continue  # with all labels the subset is the same
+            options = E.Args(path, "logreg", data, labels=count)
+            train, test = next(E.splits(labels, is_test, options, seed))
+            weight, bias, _ = E.logreg(features[train], labels[train], len(classes), seed)
+            top1[count].append(E.accuracy(features[test] @ weight + bias, labels[test])["top1"])
+    return top1
+
+
+def from_scratch(file, data, counts, seeds):
+    """The same of a network trained from random weights on these labels alone."""
+    top1 = {}
+    for count in counts:
+        batch = min(256, max(8, count // 4)) if count else 256
+        epochs = min(100, 600 * batch // count) if count else 15
+        args = E.Args(f"random:{file}", "finetune", data, labels=count, epochs=epochs, batch_size=batch)
+        args.seeds = seeds if count else 1
+        top1[count] = [result["top1"] for result in E.evaluate(args)["results"]]
+    return top1
+
+
+def main(
+    backbones: list[str],
+    data: str = "demo",
+    labels: tuple[int, ...] = (10, 47, 100, 1000, 0),
+    seeds: int = 5,
+    scratch: str = "",
+    to: str = "label_curve.png",
+):
+    """--backbones NAME=FILE ...; --labels: numbers of labels, 0 is all; writes --to and the same as .json."""
+    everything = sum(~E.read_labels(data)[3]).item()
+    table = {}
+    for name, path in (word.split("=", 1) for word in backbones):
+        table[name] = frozen(path, data, labels, seeds)
+        print(
+            name,
+            {count or everything: round(sum(v) / len(v), 1) for count, v in table[name].items()},
+            flush=True,
+        )
+    if scratch:
+        table["from scratch"] = from_scratch(scratch, data, labels, seeds)
+    figure, panel = plt.subplots(figsize=(7, 4.2))
+    for name, curve in table.items():
+        rows = [torch.tensor(values) for values in curve.values()]
+        spread = [row.std().item() if len(row) > 1 else 0.0 for row in rows]
+        style = "--" if name in ("untrained", "from scratch") else "-"
+        x = [count or everything for count in curve]
+        panel.errorbar(
+            x, [row.mean().item() for row in rows], spread, label=name, capsize=3, ls=style, marker="."
+        )
+    panel.set(xscale="log", xlabel="labels", ylabel="top-1 accuracy in %", title=Path(data).name)
+    panel.set_xticks(
+        [count or everything for count in labels], [str(count or everything) for count in labels]
+    )
+    panel.grid(alpha=0.3)
+    panel.legend()
+    figure.tight_layout()
+    figure.savefig(to, dpi=110)
+    table = {
+        name: {str(count or everything): v for count, v in curve.items()} for name, curve in table.items()
+    }
+    results = {"data": data, "seeds": seeds, "test_images": int(sum(E.read_labels(data)[3])), "top1": table}
+    Path(to).with_suffix(".json").write_text(json.dumps(results, indent=1))
+    print(to)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
