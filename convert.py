@@ -14,12 +14,13 @@ and flat dicts of timm and torchvision (ResNets, ViTs); says which; and refuses 
 completely, with the names. It takes the network that the paper evaluates: DINO's teacher, I-JEPA's target
 encoder, MoCo's query encoder. backbone.pt has torchvision's names for ResNets and timm's for ViTs: in DINOv2
 with registers, [CLS] then holds its position; BEiT's one table of relative positions stands in every block.
-Nothing in a file is run: torch.load(weights_only=True). But CLIP's official files are programs (TorchScript),
-read by torch.jit.load: take them from their authors only.
+Nothing in a file is run: torch.load(weights_only=True). But CLIP's official files are programs (TorchScript);
+only --format clip loads them, with torch.jit.load: do that with files of their authors alone.
 """
 
 import argparse
 import math
+import os
 import re
 import zipfile
 from dataclasses import dataclass, field
@@ -58,6 +59,7 @@ TORCHVISION = {"class_token": "cls_token", "conv_proj.": "patch_embed.proj.", "e
 TORCHVISION |= {"encoder.pos_embedding": "pos_embed", "encoder.layers.encoder_layer_": "blocks."}
 TORCHVISION |= {".self_attention.in_proj_": ".attn.qkv.", ".self_attention.out_proj.": ".attn.proj."}
 TORCHVISION |= {".ln_1.": ".norm1.", ".ln_2.": ".norm2.", ".mlp.0.": ".mlp.fc1.", ".mlp.3.": ".mlp.fc2."}
+TORCHVISION |= {".mlp.linear_1.": ".mlp.fc1.", ".mlp.linear_2.": ".mlp.fc2."}  # files of older versions
 CLIP = {"class_embedding": "cls_token", "positional_embedding": "pos_embed", "conv1.": "patch_embed.proj."}
 CLIP |= {"ln_pre.": "norm_pre.", "ln_post.": "norm.", "transformer.resblocks.": "blocks."}
 CLIP |= {".attn.in_proj_": ".attn.qkv.", ".attn.out_proj.": ".attn.proj.", ".mlp.c_fc.": ".mlp.fc1."}
@@ -81,11 +83,13 @@ class Format:
 NOT_ENCODER = r"^(head|heads|fc|mask_token|decoder_\w+|dino_head|ibot_head|lm_head|proj)\b|_position_index$"
 ANY, QUERY, STUDENT = ("state_dict", "model", ""), ("module.encoder_q.", "encoder_q."), "module.backbone."
 SCALED = "cls_token pos_embed blocks.0.ls1.gamma blocks.0.ls2.gamma"
-PRENORM, QUICK = "cls_token pos_embed norm_pre.weight norm_pre.bias", {"eps": 1e-5, "quick_gelu": True}
+PRENORM, EPS = "cls_token pos_embed norm_pre.weight norm_pre.bias", {"eps": 1e-5}
+VISUAL, QUICK = r"^visual\.conv1\.", EPS | {"quick_gelu": True}
 OFFSET, FIXED = {"offset": 0.1}, {"xavier": True, "fixed_positions": True}
 PATCHES, PLAIN = r"^patch_embed\.proj\.weight$", "cls_token pos_embed"
 FORMATS = {
-    "clip": Format("CLIP, image tower", r"^visual\.conv1\.", ANY, ("visual.",), CLIP, PRENORM, QUICK),
+    "clip": Format("CLIP, image tower", VISUAL, ANY, ("visual.",), CLIP, PRENORM, QUICK),
+    "open_clip": Format("open_clip, image tower", VISUAL, ANY, ("visual.",), CLIP, PRENORM, EPS),
     "moco": Format("MoCo v1 or v2, query encoder", r"^(module\.)?encoder_q\.conv1\.", ANY, QUERY),
     "moco_v3": Format("MoCo v3, base encoder", r"^module\.base_", ANY, ("module.base_encoder.",)),
     "ijepa": Format("I-JEPA", "^module", ("target_encoder", "encoder"), ("module.",), {}, "pos_embed"),
@@ -94,7 +98,7 @@ FORMATS = {
         "DINO", r"^(module\.)?head\.last", ("teacher", "student"), (STUDENT, "backbone."), {}, PLAIN, OFFSET
     ),
     "beit": Format("BEiT", r"\.attn\.q_bias$", ("model", "module", ""), needs="cls_token"),
-    "dinov2": Format("DINOv2, released", r"^blocks\.0\.ls1\.gamma$", ("",), ("",), DINOV2, SCALED),
+    "dinov2": Format("DINOv2, released", r"^mask_token$", ("",), ("",), DINOV2, SCALED),
     "mae": Format("MAE, encoder", r"^(decoder_embed\.weight|cls_token)$", ("model",), arch_args=FIXED),
     "torchvision": Format("torchvision, ViT", r"^conv_proj\.weight$", ANY, names=TORCHVISION),
     "resnet": Format("torchvision or timm, ResNet", r"^layer1\.0\.conv1\.weight$", ANY),
@@ -104,8 +108,9 @@ FORMATS = {
 
 
 # --- Reading ------------------------------------------------------------------------------------------------
-def read_file(path):
-    """What lies in a checkpoint, on the CPU; SystemExit if it is no file, damaged, or more than weights."""
+def read_file(path, programs=False):
+    """What lies in a checkpoint, on the CPU; SystemExit if it is no file, damaged, or more than weights.
+    programs: load TorchScript too, which may run code."""
     if not Path(path).is_file():
         raise SystemExit(f"{path}: no such file")
     try:
@@ -113,14 +118,20 @@ def read_file(path):
             from safetensors.torch import load_file
 
             return load_file(path)
-        if zipfile.is_zipfile(path):
-            if any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+        names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+        if any(name.endswith("/constants.pkl") for name in names):
+            if programs:
                 return torch.jit.load(path, map_location="cpu").state_dict()
+            raise SystemExit(
+                f"{path}: is a program (TorchScript), as CLIP's official files. --format clip loads it;"
+                " do that only with a file of someone you trust"
+            )
         with torch.serialization.safe_globals([argparse.Namespace]):  # the flags in files of DINO and MAE
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of zip, pickle, the disk, a missing package
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        if found:
+    except ImportError as error:
+        raise SystemExit(f"{path}: {error}; pip install it")
+    except Exception as error:  # of zip, pickle, the disk
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise SystemExit(f"{path}: holds more than weights ({found[1]}); nothing of it was run")
         raise SystemExit(f"{path}: cannot be read: damaged, or no checkpoint ({error!r:.120})")
 
@@ -128,7 +139,16 @@ def read_file(path):
 def tensors(file, key):
     """The tensors under a key of the file, {} if there is no such dict."""
     part = file.get(key) if key else file
-    return {k: v for k, v in part.items() if isinstance(v, torch.Tensor)} if isinstance(part, dict) else {}
+    part = part if isinstance(part, dict) else {}
+    return {k: v for k, v in part.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+
+
+def is_format(name, state):
+    """Whether the names are those of a format; MAE's encoder alone is known by [CLS], which has no place."""
+    positions = state.get("pos_embed", torch.zeros(1, 1, 1))
+    placed = positions.ndim == 3 and positions.numel() and positions[0, 0].any()
+    found = any(re.search(FORMATS[name].sign, tensor) for tensor in state)
+    return found and not (name == "mae" and placed and "decoder_embed.weight" not in state)
 
 
 def recognise(file, args):
@@ -141,23 +161,25 @@ def recognise(file, args):
     if args.format == "auto" and "dino" not in Path(args.file).name:
         names.remove("dino")  # looks like timm's, but for the file's name
     for name in names:
-        form = FORMATS[name]
-        keys = [key for key in form.inside if args.network in ("", key)]
-        state = next((state for key in keys if (state := tensors(file, key))), {})
-        learnt = (
-            "decoder_embed.weight" not in state and "pos_embed" in state and state["pos_embed"][0, 0].any()
-        )
-        if any(re.search(form.sign, tensor) for tensor in state) and not (name == "mae" and learnt):
+        keys = [key for key in FORMATS[name].inside if args.network in ("", key)]
+        key, state = next(((key, state) for key in keys if (state := tensors(file, key))), ("", {}))
+        if is_format(name, state):
             break
     else:
-        some = ", ".join(list(next((s for k in (*file, "") if (s := tensors(file, k))), file))[:4])
+        found = next((state for key in (*file, "") if (state := tensors(file, key))), file)
         network = f" with --network {args.network}" if args.network else ""
         wanted = "of a known format" if args.format == "auto" else f"of format {args.format}"
+        some = ", ".join(map(str, [*found][:4])) or "nothing"
         raise SystemExit(f"{args.file}: is not {wanted}{network}; it has {some}, ...")
+    form = FORMATS[name]
+    if {"teacher", "target_encoder"} & {form.inside[0]} and key not in (form.inside[0], args.network):
+        raise SystemExit(f"{args.file}: {form.title} without {form.inside[0]}; take --network {key}?")
+    if args.format == "auto" and name == "clip" and "input_resolution" not in state:
+        raise SystemExit(f"{args.file}: give --format clip (QuickGELU, OpenAI's files) or open_clip (GELU)")
     prefix = next((p for p in form.prefixes if any(k.startswith(p) for k in state)), "")
     state = {k[len(prefix) :]: v.float() for k, v in state.items() if k.startswith(prefix)}
     state = {k: v for k, v in state.items() if not re.search(NOT_ENCODER, k)}
-    if name == "clip" and "layer1.0.conv1.weight" in state:
+    if "clip" in name and "layer1.0.conv1.weight" in state:
         raise SystemExit(f"{args.file}: is a CLIP with a ResNet of its own kind; only its ViTs are converted")
     for there, here in form.names.items():
         state = {k.replace(there, here): v for k, v in state.items()}
@@ -169,9 +191,9 @@ def adapt(name, state):
     """The tensors as timm has them, where more than a name differs."""
     chunk = re.compile(r"^blocks\.\d+\.(\d+)\.")  # DINOv2's trainings count the blocks in chunks
     state = {chunk.sub(r"blocks.\1.", k): v for k, v in state.items()}
-    for k in {"cls_token", "pos_embed"} & state.keys() if name == "clip" else ():
+    for k in {"cls_token", "pos_embed"} & state.keys() if "clip" in name else ():
         state[k] = state[k].view(1, -1, state[k].shape[-1])
-    if name.startswith("dinov2") and {"reg_token", "cls_token", "pos_embed"} <= state.keys():
+    if "reg_token" in state and name.startswith("dinov2") and "cls_token" in state and "pos_embed" in state:
         state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
         state["pos_embed"] = state["pos_embed"][:, 1:]
     shared = state.pop("rel_pos_bias.relative_position_bias_table", None)
@@ -194,10 +216,13 @@ def vit_shapes(state, needs):
     block = {"norm1": (dim,), "norm2": (dim,), "attn.qkv": (3 * dim, dim), "attn.proj": (dim, dim)}
     block |= {"mlp.fc1": (outs, dim), "mlp.fc2": (dim, ins)}
     block = {f"{k}.{end}": s[:n] for k, s in block.items() for end, n in (("weight", 2), ("bias", 1))}
-    if "attn.q_bias" in some:  # BEiT: none for the keys
-        block |= {"attn.q_bias": (dim,), "attn.v_bias": (dim,)}
+    pairs = [{"ls1.gamma", "ls2.gamma"}]
+    if "attn.q_bias" in some:  # BEiT: no bias of the keys
         del block["attn.qkv.bias"]
-    block = some | block
+        pairs += [{"attn.q_bias", "attn.v_bias"}, {"gamma_1", "gamma_2"}]
+        table = "attn.relative_position_bias_table"
+        block |= {table: some[table]} if table in some else {}
+    block |= {name: (dim,) for pair in pairs if pair & some.keys() for name in pair}
     shapes = {"patch_embed.proj.weight": (dim, 3, patch, patch), "norm.weight": (dim,), "norm.bias": (dim,)}
     if "norm_pre.weight" not in needs:
         shapes["patch_embed.proj.bias"] = (dim,)
@@ -215,29 +240,38 @@ def describe_vit(name, state, args, hint):
     dim, _, patch, _ = state["patch_embed.proj.weight"].shape
     depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
     arch, published, heads = VITS.get(dim, ("vit", depth, 0))
-    heads = 12 if name == "moco_v3" and dim == 384 else dim // 64 if name == "clip" else heads
-    if name != "timm" and depth != published:
+    free = name == "timm" or (name == "mae" and dim <= 384)  # not published: --heads decides
+    if name == "moco_v3" and dim == 384:
+        heads = 12
+    elif "clip" in name:
+        heads = 16 if name == "open_clip" and dim in (1280, 1408, 1664) else dim // 64
+    elif depth != published or (free and name == "mae"):
+        heads = 0
+    if not free and "clip" not in name and depth != published:
         raise SystemExit(f"{args.file}: has {depth} blocks; the {arch} of width {dim} has {published}")
-    if hint in [other for other, _, _ in VITS.values()] and hint != arch:
+    if isinstance(hint, str) and hint != arch and hint in [other for other, _, _ in VITS.values()]:
         raise SystemExit(f"{args.file}: says that it is a {hint}, but its width {dim} is that of a {arch}")
-    if args.heads and heads and args.heads != heads and name != "timm":
+    table, positions = state.get("blocks.0.attn.relative_position_bias_table"), state.get("pos_embed")
+    heads = heads if table is None else table.shape[1]
+    if args.heads and heads and args.heads != heads and not free:
         raise SystemExit(f"--heads {args.heads}: the {arch} of {FORMATS[name].title} has {heads}")
     heads = args.heads or heads
-    if not heads or dim % heads:
+    if heads < 1 or dim % heads:
         raise SystemExit(f"--heads {heads}: give the number of heads, a divisor of the width {dim}")
     options = {"patch_size": patch, "heads": heads} | FORMATS[name].arch_args
-    table, positions = state.get("blocks.0.attn.relative_position_bias_table"), state.get("pos_embed")
-    if table is not None:
-        side = (math.isqrt(len(table) - 3) + 1) // 2
-    elif positions is not None:
-        side = math.isqrt(positions.shape[1])
-        if positions.shape[1] - side**2 not in (0, 1):
-            raise SystemExit(f"{args.file}: {positions.shape[1]} positions are no square, nor one more")
-    else:
+    if table is None and positions is None:
         raise SystemExit(f"{args.file}: has neither pos_embed nor a table of relative positions")
+    side = math.isqrt(max(0, len(table) - 3) if table is not None else positions.shape[1])
+    if table is not None:
+        fits, side = side % 2 and side**2 == len(table) - 3, (side + 1) // 2
+    else:
+        fits = positions.shape[1] - side**2 in ((0, 1) if "cls_token" in state else (0,))
+    if not fits:
+        raise SystemExit(f"{args.file}: its positions are no square grid, with or without [CLS]")
     if name.startswith("dinov2"):
         options |= {} if "reg_token" in state else {"offset": 0.1}
         side = 224 // 14 if (patch, side) == (14, 37) else side  # trained at 518 px at last, evaluated at 224
+    options |= {"fixed_positions": True} if name in ("ijepa", "moco_v3") else {}
     return arch, options, side * patch
 
 
@@ -260,17 +294,22 @@ def convert(args):
     """Write backbone.pt from a foreign checkpoint, or with --export the other way."""
     if args.export:
         return export(args)
-    file = read_file(args.file)
+    file = read_file(args.file, programs="clip" in args.format)
     if isinstance(file, dict) and {"method", "arch_args", "state_dict"} <= file.keys():
         raise SystemExit(f"{args.file}: is a backbone.pt already; --export turns it into other formats")
+    writable(args.to, args.file)
     name, state = recognise(file, args)
     form, statistics = FORMATS[name], args.statistics
     if "conv1.weight" in state:
         arch, options = describe_resnet(state)
-        shapes, image_size = resnet_shapes(arch, **options), 224
-    elif "patch_embed.proj.weight" in state:
+        shapes, image_size = resnet_shapes(arch, **options), 32 if options["stem"] == "cifar" else 224
+        counters = [k for k in shapes if k.endswith("num_batches_tracked") and k not in state]
+        state |= {k: torch.tensor(0) for k in counters}  # not in files of torch 0.4.0
+    elif state.get("patch_embed.proj.weight", torch.zeros(1)).ndim == 4:
         state = adapt(name, state)
         shapes = vit_shapes(state, form.needs)
+        if name == "ijepa":  # with [CLS] it is another method's
+            shapes.pop("cls_token", None)
     else:
         raise SystemExit(f"{args.file}: {form.title}, but without conv1.weight or patch_embed.proj.weight")
     faults = {"missing": shapes.keys() - state.keys(), "unexpected": state.keys() - shapes.keys()}
@@ -283,18 +322,31 @@ def convert(args):
         flags = file.get("args")
         hint = file.get("arch") or (getattr(flags, "arch", "") if flags else "")
         arch, options, image_size = describe_vit(name, state, args, hint)
+    if statistics == "auto" and name == "timm":
+        raise SystemExit(
+            f"{args.file}: {form.title}: give --statistics imagenet or half; timm has models of both"
+        )
     if statistics == "auto":  # BEiT's file with positions was trained on ImageNet-1k, with its statistics
         half = name == "beit" and "pos_embed" not in state
-        statistics = "half" if half else "clip" if name == "clip" else "imagenet"
+        statistics = "half" if half else "clip" if "clip" in name else "imagenet"
     mean, std = STATISTICS[statistics]
     width = [len(v) for k, v in state.items() if re.search(r"^(norm|layer4\..*)\.bias$", k)][-1]
-    info = {"method": name.split("_")[0] if name != "moco_v3" else name, "arch": arch, "arch_args": options}
+    method = {"moco_v3": "moco_v3", "open_clip": "clip"}.get(name, name.split("_")[0])
+    info = {"method": method, "arch": arch, "arch_args": options}
     info |= {"image_size": image_size, "mean": mean, "std": std, "feature_dim": width}
-    torch.save(info | {"state_dict": state}, args.to)
+    torch.save(info | {"state_dict": state}, f"{args.to}.tmp")
+    os.replace(f"{args.to}.tmp", args.to)
     title = form.title + (f", {args.network}" if args.network else "")
     print(f"{args.file}: {title}, {arch} {options}, {len(state)} tensors, ", end="")
     print(f"images of {image_size} px, {statistics} mean and deviation -> {args.to}")
     return info
+
+
+def writable(to, file):
+    """SystemExit unless `to` can be written and is another file than the one that is read."""
+    path = Path(to)
+    if path.is_dir() or not path.parent.is_dir() or path.resolve() == Path(file).resolve():
+        raise SystemExit(f"--to {to}: must be a new file, in a folder that exists")
 
 
 # --- The other way ------------------------------------------------------------------------------------------
@@ -311,6 +363,7 @@ def export(args):
         except ImportError:
             raise SystemExit("--export safetensors: needs the package safetensors (pip install safetensors)")
         to = str(Path(to).with_suffix(".safetensors"))
+        writable(to, args.file)
         save_file({k: v.contiguous() for k, v in state.items()}, to)
         lines = ["from safetensors.torch import load_file", f"state_dict = load_file({to!r})"]
     else:
@@ -318,6 +371,7 @@ def export(args):
         if args.export == "torchvision" and "conv1.weight" not in state:
             for there, here in TORCHVISION.items():
                 state = {k.replace(here, there): v for k, v in state.items()}
+        writable(to, args.file)
         torch.save(state, to)
         lines.append(f"net.load_state_dict(torch.load({to!r}))")
     if options.get("offset"):
@@ -341,7 +395,7 @@ def timm_lines(info):
     """Python that builds timm's network for the weights of a backbone.pt."""
     state, options = info["state_dict"], info["arch_args"]
     if "conv1.weight" in state:
-        lines = [f"net = timm.create_model({info['arch']!r}, num_classes=0)"]
+        lines = ["import timm, torch", f"net = timm.create_model({info['arch']!r}, num_classes=0)"]
         return lines + cifar_lines(options)
     dim, depth, heads, patch, hidden, side = vit_numbers(info)
     words = f"img_size={side * patch}, patch_size={patch}, embed_dim={dim}, depth={depth}, num_heads={heads}"
@@ -349,13 +403,15 @@ def timm_lines(info):
     if "blocks.0.attn.q_bias" in state:
         words += "" if "pos_embed" in state else ", use_abs_pos_emb=False, use_rel_pos_bias=True"
         words += ", init_values=0.1" if "blocks.0.gamma_1" in state else ""
-        return [f"net = timm.models.beit.Beit({words}, global_pool='token')"]
+        return ["import timm, torch", f"net = timm.models.beit.Beit({words}, global_pool='token')"]
     if "blocks.0.ls1.gamma" in state:
         words += ", init_values=1.0"
     if "cls_token" not in state:
         words += ", class_token=False, global_pool='avg', fc_norm=False"
     if "reg_token" in state:
-        words += f", reg_tokens={state['reg_token'].shape[1]}, no_embed_class=True"
+        words += f", reg_tokens={state['reg_token'].shape[1]}"
+    if "cls_token" in state and side**2 == state["pos_embed"].shape[1]:
+        words += ", no_embed_class=True"
     if hidden != state["blocks.0.mlp.fc2.weight"].shape[1]:
         words += f", mlp_ratio={hidden / dim}, mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU"
     elif hidden != 4 * dim:
@@ -364,15 +420,15 @@ def timm_lines(info):
         words += ", pre_norm=True, norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-5)"
     if options.get("quick_gelu"):
         words += ", act_layer=timm.layers.QuickGELU"
-    return [f"net = timm.models.VisionTransformer({words})"]
+    return ["import functools, timm, torch", f"net = timm.models.VisionTransformer({words})"]
 
 
 def torchvision_lines(info, args):
     """Python that builds torchvision's network for the weights of a backbone.pt."""
     state = info["state_dict"]
     if "conv1.weight" in state:
-        lines = [f"net = torchvision.models.{info['arch']}()", "net.fc = torch.nn.Identity()"]
-        return lines + cifar_lines(info["arch_args"])
+        lines = ["import torch, torchvision", f"net = torchvision.models.{info['arch']}()"]
+        return [*lines, "net.fc = torch.nn.Identity()", *cifar_lines(info["arch_args"])]
     foreign = [k for k in state if re.search(r"\.ls\d|gamma_|reg_token|norm_pre|q_bias|bias_table", k)]
     if foreign or "cls_token" not in state:
         words = f"no {foreign[0]}" if foreign else "always a cls_token"
@@ -380,7 +436,8 @@ def torchvision_lines(info, args):
     dim, depth, heads, patch, hidden, side = vit_numbers(info)
     words = f"image_size={side * patch}, patch_size={patch}, num_layers={depth}, num_heads={heads}"
     words += f", hidden_dim={dim}, mlp_dim={hidden}"
-    return [f"net = torchvision.models.VisionTransformer({words})", "net.heads = torch.nn.Identity()"]
+    lines = ["import torch, torchvision", f"net = torchvision.models.VisionTransformer({words})"]
+    return [*lines, "net.heads = torch.nn.Identity()"]
 
 
 def cifar_lines(options):

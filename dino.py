@@ -558,16 +558,20 @@ def load_encoder(model, prefix, path, rank):
     """Start the encoder, `prefix` in the model, from a backbone.pt (--init); SystemExit unless all of it
     matches. What stays as it was, heads and decoders, is printed."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        file = torch.load(path, map_location="cpu", weights_only=True)
+        if not {"arch_args", "state_dict"} <= file.keys():
+            raise ValueError("is no backbone.pt; convert.py makes one of published weights")
+        state, given = file["state_dict"], file["arch_args"].get("heads")
         fresh, wrong = model.load_state_dict({prefix + k: v for k, v in state.items()}, strict=False)
     except Exception as error:  # no such file, no backbone.pt, other shapes
         raise SystemExit(f"--init {path}: {' '.join(str(error).split())[:300]}")
     heads = tuple(prefix + part for part in ("fc.", "decoder_", "mask_token", "lm_head."))
+    blocks = getattr(model.get_submodule(prefix.rstrip(".")), "blocks", None)
+    if given and blocks and blocks[0].attn.heads != given:  # of the same shape, and another network
+        wrong += [f"{given} heads"]
     wrong += [name for name in fresh if name.startswith(prefix) and not name.startswith(heads)]
     if wrong:
-        raise SystemExit(
-            f"--init {path}: does not fill this encoder, {len(wrong)} differ: {', '.join(wrong[:4])}"
-        )
+        raise SystemExit(f"--init {path}: {len(wrong)} do not fit this encoder: {', '.join(wrong[:4])}")
     if rank == 0:
         print(f"--init {path}: new are {', '.join(sorted({name.split('.')[0] for name in fresh}))}")
 
@@ -588,7 +592,8 @@ def open_run(args, method, rank):
     if folder.is_file():
         raise SystemExit(f"--run-dir {folder}: is a file, must be a folder")
     if record.exists() and not args.restart:
-        held, ours = json.loads(record.read_text()), json.loads(json.dumps(flags))
+        ours, new = json.loads(json.dumps(flags)), {k: getattr(type(args), k, None) for k in flags}
+        held = json.loads(json.dumps(new)) | json.loads(record.read_text())  # flags newer than the run
         other = ", ".join(f"--{k.replace('_', '-')} {held.get(k)}" for k in ours if held.get(k) != ours[k])
         if other:
             raise SystemExit(f"{folder} holds a run with {other}: use another --run-dir, or --restart")

@@ -245,10 +245,11 @@ class ViTBlock(nn.Module):
         self.attn["proj"] = nn.Linear(dim, dim)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, shapes["mlp.fc1.weight"][0])})
         self.mlp["fc2"] = nn.Linear(hidden, dim)
-        starts = {"gamma": 1e-5, "gamma_1": 0.1, "gamma_2": 0.1}
+        starts = {"gamma": 1e-5, "gamma_1": 0.1, "gamma_2": 0.1, "q_bias": 0.0, "v_bias": 0.0}
+        starts["relative_position_bias_table"] = 0.0  # another name is none of a network written here
         for name in (name for name in shapes if name not in self.state_dict()):
             *above, name = name.split(".")
-            start = torch.full(shapes[".".join([*above, name])], starts.get(name, 0.0))
+            start = torch.full(shapes[".".join([*above, name])], starts[name])
             if above and above[0] not in self._modules:
                 self.add_module(above[0], nn.Module())
             (self.get_submodule(above[0]) if above else self).register_parameter(name, nn.Parameter(start))
@@ -419,11 +420,16 @@ def published(name, side):
         net = timm.create_model(name[5:], pretrained=True, num_classes=0, **size)
         given = net.pretrained_cfg
         side = side or given["input_size"][1]
-        return Backbone(net, net.num_features, side, given["mean"], given["std"], "timm", name[5:])
+        dim = getattr(net, "head_hidden_size", None) or net.num_features
+        return Backbone(net, dim, side, given["mean"], given["std"], "timm", name[5:])
     weights = torchvision.models.get_model_weights(name).DEFAULT
     net, given = torchvision.models.get_model(name, weights=weights), weights.transforms()
     last, layer = [pair for pair in net.named_modules() if isinstance(pair[1], nn.Linear)][-1]
     net.set_submodule(last, nn.Identity())
+    if name.startswith("vit") and side not in (0, given.crop_size[0]):
+        raise SystemExit(
+            f"--side {side}: torchvision's {name} takes {given.crop_size[0]} alone; timm's take others"
+        )
     side = side or given.crop_size[0]
     return Backbone(net, layer.in_features, side, given.mean, given.std, "torchvision", name)
 

@@ -39,8 +39,8 @@ def shaken(net, by=0.1):
 
 def converted(file, **flags):
     """backbone.pt of a file, as eval_linear.py loads it."""
-    torch.save(file, flags.pop("name", "file.pth"))
-    convert.convert(convert.Args(flags.pop("path", "file.pth"), **{"heads": 3} | flags))
+    torch.save(file, path := flags.pop("path", "file.pth"))
+    convert.convert(convert.Args(path, **{"heads": 3} | flags))
     return load_backbone("backbone.pt")
 
 
@@ -93,7 +93,7 @@ def test_mae(capsys):
 
 def test_dino(capsys):
     teacher, student = vit(), vit()
-    same_features(converted(teacher.state_dict(), name="dino_x.pth", path="dino_x.pth"), teacher)
+    same_features(converted(teacher.state_dict(), path="dino_x.pth"), teacher)
     assert "DINO, backbone" in capsys.readouterr().out
     state = teacher.state_dict()
     by_factor = resized(state["pos_embed"], scale_factor=(6.1 / 4, 6.1 / 4))
@@ -244,23 +244,29 @@ class Archive(torch.nn.Module):
         return self.visual(images)
 
 
-@pytest.mark.parametrize("archive", [True, False])
+@pytest.mark.parametrize("archive", [True, False, "open_clip"])
 def test_clip(archive, capsys):
     import open_clip
 
     vision = {"image_size": 32, "patch_size": 8, "width": 48, "layers": 2, "head_width": 16}
     text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
-    net = shaken(open_clip.CLIP(24, vision, text, quick_gelu=True))
+    net = shaken(open_clip.CLIP(24, vision, text, quick_gelu=archive != "open_clip"))
     visual = net.visual
-    if archive:
+    if archive == "open_clip":
+        backbone = converted(net.state_dict(), format="open_clip")
+    elif archive:
         torch.jit.trace(Archive(visual).eval(), torch.randn(1, 3, 32, 32)).save("clip.pt")
-        convert.convert(convert.Args("clip.pt", heads=3))
+        with pytest.raises(SystemExit, match="clip.pt: is a program .TorchScript.*--format clip loads it"):
+            convert.convert(convert.Args("clip.pt", heads=3))
+        convert.convert(convert.Args("clip.pt", heads=3, format="clip"))
         backbone = load_backbone("backbone.pt")
     else:
-        backbone = converted(net.state_dict())
+        refused("give --format clip .QuickGELU, OpenAI's files. or open_clip .GELU.", net.state_dict())
+        backbone = converted(net.state_dict(), format="clip")
     visual.proj = None  # features before the projection
     same_features(backbone, visual)
-    assert "CLIP, image tower" in capsys.readouterr().out
+    assert backbone.net.blocks[1].norm1.eps == visual.transformer.resblocks[1].ln_1.eps == 1e-5
+    assert ("open_clip" if archive == "open_clip" else "CLIP") + ", image tower" in capsys.readouterr().out
     assert backbone.mean[0].item() == pytest.approx(0.48145466)
     larger = resized(visual.positional_embedding.detach()[None])[0]
     visual.positional_embedding = torch.nn.Parameter(larger)
@@ -269,18 +275,24 @@ def test_clip(archive, capsys):
 
 def test_timm_and_torchvision(capsys):
     net = vit(num_classes=10)
-    backbone = converted(net.state_dict())
+    refused("timm, ViT: give --statistics imagenet or half", net.state_dict())
+    backbone = converted(net.state_dict(), statistics="half")
     net.head = torch.nn.Identity()
     same_features(backbone, net)
+    assert backbone.std[0].item() == 0.5
     assert "timm, ViT" in capsys.readouterr().out
     sizes = {"num_layers": 2, "num_heads": 3, "hidden_dim": 48, "mlp_dim": 192}
     net = shaken(torchvision.models.VisionTransformer(image_size=32, patch_size=8, **sizes))
-    backbone = converted(net.state_dict())
+    state = net.state_dict()
+    older = {k.replace("mlp.0", "mlp.linear_1").replace("mlp.3", "mlp.linear_2"): v for k, v in state.items()}
+    assert any("linear_1" in name for name in older)
     net.heads = torch.nn.Identity()
-    same_features(backbone, net)
+    same_features(converted(state), net)
+    same_features(converted(older), net)
     for name in ("resnet18", "resnet50", "wide_resnet50_2"):
         net = shaken(getattr(torchvision.models, name)(), 0.01)
-        backbone = converted({"state_dict": net.state_dict()})
+        state = {k: v for k, v in net.state_dict().items() if "num_batches" not in k}
+        backbone = converted({"state_dict": state})
         net.fc = torch.nn.Identity()
         same_features(backbone, net, atol=1e-3)
         assert backbone.arch == name and backbone.dim == (512 if name == "resnet18" else 2048)
@@ -302,19 +314,16 @@ def test_what_is_not_complete_is_refused():
     some = {k: v for k, v in state.items() if k not in ("blocks.1.mlp.fc2.bias", "norm.weight")}
     refused(r"MAE, encoder, but not complete: 2 missing: blocks.1.mlp.fc2.bias, norm.weight", {"model": some})
     refused("1 unexpected: norms.weight", {"model": state | {"norms.weight": torch.ones(48)}})
-    refused(
-        r"1 missing: blocks.0.ls1.gamma; ?|missing", {"model": state | {"blocks.1.ls1.gamma": torch.ones(48)}}
-    )
+    scaled = state | {"blocks.1.ls1.gamma": torch.ones(48)}
+    refused("3 missing: blocks.0.ls1.gamma, blocks.0.ls2.gamma, blocks.1.ls2.gamma", {"model": scaled})
     short = state | {"blocks.0.attn.qkv.bias": torch.ones(47)}
     refused("1 of another shape: blocks.0.attn.qkv.bias", {"model": short})
-    refused(
-        "19 positions are no square, nor one more", {"model": state | {"pos_embed": torch.ones(1, 19, 48)}}
-    )
+    refused("its positions are no square grid", {"model": state | {"pos_embed": torch.ones(1, 19, 48)}})
     prefixed = under("encoder.backbone.", state)
     said = refused("is not of a known format; it has encoder.backbone.cls_token", prefixed)
     assert "pos_embed" in said
     refused("is not of format moco", {"model": state}, format="moco")
-    refused("--format mea: must be auto or one of clip, moco", {"model": state}, format="mea")
+    refused("--format mea: must be auto or one of clip, open_clip, moco", {"model": state}, format="mea")
     refused("known format with --network student", {"model": state}, network="student")
     refused("give the number of heads, a divisor of the width 48", {"model": state}, heads=0)
     refused("give the number of heads, a divisor of the width 48", {"model": state}, heads=5)
@@ -325,6 +334,45 @@ def test_what_is_not_complete_is_refused():
     deep = vit(embed_dim=192, depth=11).state_dict()
     deep["pos_embed"][:, 0] = 0
     refused("has 11 blocks; the vit_tiny of width 192 has 12", {"model": deep}, heads=0)
+
+
+def test_guesses_that_would_be_wrong_are_refused(tmp_path):
+    """Parts and networks that features would silently be wrong with."""
+    state = vit().state_dict()
+    flags = {"format": "timm", "statistics": "half"}
+    for name, shape in (("attn.logit_scale", (3,)), ("norm3.weight", (48,)), ("attn.v_bias", (48,))):
+        more = {f"blocks.{i}.{name}": torch.ones(shape) for i in range(2)}
+        refused(f"2 unexpected: blocks.0.{name}, blocks.1.{name}", state | more, **flags)
+    mae = state | {"pos_embed": state["pos_embed"].index_fill(1, torch.tensor([0]), 0)}
+    wide = vit(embed_dim=192, depth=12).state_dict() | {"pos_embed": torch.zeros(1, 17, 192)}
+    refused("give the number of heads", {"model": wide}, heads=0)  # MAE published none of this width
+    student = under("module.", under("backbone.", state) | {"head.last_layer.weight_g": torch.ones(2, 1)})
+    refused("DINO without teacher; take --network student", {"student": student})
+    target = {"target_encoder": under("module.", state)}
+    refused("I-JEPA, but not complete: 1 unexpected: cls_token", target)
+    for file in ({0: torch.ones(1)}, {"model": {0: torch.ones(1)}}, {1: 2}, {}):
+        refused("is not of a known format; it has ", file)
+    refused("no square", {"model": mae | {"pos_embed": torch.zeros(1, 19, 48)}})
+    refused("give the number of heads", {"model": mae}, heads=-3)
+    refused("must be a new file, in a folder that exists", {"model": mae}, to="none/x.pt")
+    refused("must be a new file, in a folder that exists", {"model": mae}, to="file.pth")
+    assert torch.load("file.pth", weights_only=True)["model"].keys() == mae.keys()
+
+
+SIZES = [(384, 12, 6), (768, 12, 12), (1024, 24, 16), (1280, 32, 16)]
+
+
+@pytest.mark.parametrize("width, depth, heads", SIZES)
+def test_heads_of_the_published_widths(width, depth, heads):
+    shapes = {f"blocks.{depth - 1}.norm1.weight": (width,), "patch_embed.proj.weight": (width, 3, 16, 16)}
+    shapes |= {"pos_embed": (1, 197, width), "cls_token": (1, 1, width)}
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    for name in ("dino", "dinov2", "beit", "ijepa", "torchvision", "timm"):
+        _, options, side = convert.describe_vit(name, state, convert.Args("x"), "")
+        assert (options["heads"], side) == (heads, 224)
+    assert convert.describe_vit("clip", state, convert.Args("x"), "")[1]["heads"] == width // 64
+    with pytest.raises(SystemExit, match=f"the vit_.* has {heads}"):
+        convert.describe_vit("dino", state, convert.Args("x", heads=2), "")
 
 
 class Malice:
@@ -386,7 +434,8 @@ def test_converted_variants_load_in_timm(capsys):
         vit(class_token=False, global_pool="avg", fc_norm=False),
     ]
     for net, name in zip(nets, ("timm", "beit", "timm"), strict=True):
-        backbone = converted(net.state_dict(), format=name)
+        statistics = "half" if name == "timm" else "auto"
+        backbone = converted(net.state_dict(), format=name, statistics=statistics)
         if "cls_token" not in net.state_dict():
             backbone = load_backbone("backbone.pt", feature="mean")
         same_features(backbone, net)
