@@ -46,7 +46,7 @@ def from_scratch(file, data, counts, seeds):
     """The same of a network trained from random weights on these labels alone."""
     top1 = {}
     for count in counts:
-        batch = min(256, max(8, count // 4)) if count else 256
+        batch = min(64, max(8, count // 4)) if count else 256
         epochs = min(100, 600 * batch // count) if count else 15
         args = E.Args(f"random:{file}", "finetune", data, labels=count, epochs=epochs, batch_size=batch)
         args.seeds = seeds if count else 1
@@ -60,6 +60,7 @@ def main(
     labels: tuple[int, ...] = (10, 47, 100, 1000, 0),
     seeds: int = 5,
     scratch: str = "",
+    scratch_seeds: int = 2,
     to: str = "label_curve.png",
 ):
     """--backbones NAME=FILE ...; --labels: numbers of labels, 0 is all; writes --to and the same as .json."""
@@ -73,7 +74,7 @@ def main(
             flush=True,
         )
     if scratch:
-        table["from scratch"] = from_scratch(scratch, data, labels, seeds)
+        table["from scratch"] = from_scratch(scratch, data, labels, scratch_seeds)
     figure, panel = plt.subplots(figsize=(7, 4.2))
     for name, curve in table.items():
         rows = [torch.tensor(values) for values in curve.values()]

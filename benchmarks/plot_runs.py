@@ -19,7 +19,6 @@ def main(
     labels: list[str],
     tag: list[str],
     to: str,
-    title: str = "",
 ):
     """Draw --tag over the steps of each run, one panel for each tag; a cross where the alarm rang."""
     figure, panels = plt.subplots(1, len(tag), figsize=(4 * len(tag), 2.8), squeeze=False)
@@ -36,7 +35,6 @@ def main(
         panel.set(xlabel="step", title=name, ylim=(0, None))
         panel.grid(alpha=0.3)
     panels[0, 0].legend()
-    figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(to, dpi=100)
     print(to)

@@ -333,7 +333,7 @@ def test_what_is_not_complete_is_refused():
     refused("holds a list", [1, 2])
     deep = vit(embed_dim=192, depth=11).state_dict()
     deep["pos_embed"][:, 0] = 0
-    refused("has 11 blocks; the vit_tiny of width 192 has 12", {"model": deep}, heads=0)
+    refused("has 11 blocks; the vit_tiny of width 192 has 12", deep, heads=0, path="dino_x.pth")
 
 
 def test_guesses_that_would_be_wrong_are_refused(tmp_path):
