@@ -500,7 +500,7 @@ def train(args: Args) -> dict:
     data = Images(args.data, (crop, crop), args.seed, args.image_size, args.min_scale, rank)
     multiple = 2 * world * splits  # 2 at least for BatchNorm
     if args.batch_size > len(data.items) or args.batch_size % multiple:
-        allowed = f"give a multiple of {multiple} (--bn-splits {args.bn_splits}), at most {data.found}"
+        allowed = f"give a multiple of {multiple}, at most {data.found} (--bn-splits {args.bn_splits})"
         raise SystemExit(f"--batch-size {args.batch_size}: {allowed}")
     per_epoch = len(data.items) // args.batch_size
     total, warmup = args.epochs * per_epoch, round(args.warmup_epochs * per_epoch)

@@ -30,6 +30,14 @@ TINY = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What is word for word the same in all scripts runs on simclr.py, on the others in `make test-all`."""
+    for item in items:
+        if item.get_closest_marker("shared") and item.callspec.params["script"] != "simclr":
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def photos():
     """The real photos beside the checkout: required in CI, optional for users."""

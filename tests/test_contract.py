@@ -106,7 +106,7 @@ def test_each_process_takes_its_slice_of_the_global_batch(module, folder):
     assert [key - 40 for key in epochs[1]] != epochs[0]
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("amp", ["bf16", pytest.param("fp16", marks=pytest.mark.shared)])
 def test_amp_on_the_cpu(module, folder, tmp_path, amp):
     args = tiny_args(module.__name__, data=str(folder), amp=amp, epochs=1, device="cpu", run_dir="run")
     metrics = module.train(args)
@@ -136,6 +136,7 @@ if __name__ == "__main__":
 # Section 4: data
 
 
+@pytest.mark.shared
 def test_demo_images_are_a_small_balanced_world(module):
     images, labels, captions = zip(*(module.demo_image(index) for index in range(400)), strict=True)
     assert all(image.size == (48, 48) and image.mode == "RGB" for image in images)
@@ -179,6 +180,7 @@ def difficult_files(root):
     return photo
 
 
+@pytest.mark.shared
 def test_difficult_files_train_and_bad_ones_are_named(module, tmp_path, script):
     difficult_files(tmp_path / "files")
     done = run(command_line(script, data="files", epochs=1, run_dir="run"))
@@ -189,6 +191,7 @@ def test_difficult_files_train_and_bad_ones_are_named(module, tmp_path, script):
     assert done.stderr.count("cannot be read") == 3
 
 
+@pytest.mark.shared
 def test_good_files_are_read_right(module, tmp_path):
     photo = difficult_files(tmp_path / "files")
 
@@ -209,6 +212,7 @@ def test_good_files_are_read_right(module, tmp_path):
         torch.testing.assert_close(ramp, torch.linspace(0, 255, 64), atol=1.1, rtol=0)
 
 
+@pytest.mark.shared
 def test_large_jpegs_decode_small_but_not_too_small(module, tmp_path):
     """At 1/2, 1/4 or 1/8 only if the smallest crop (area min_scale, aspect 3/4) keeps image_size pixels."""
     Image.new("RGB", (4000, 3000)).save("large.jpg")
@@ -224,6 +228,7 @@ def test_large_jpegs_decode_small_but_not_too_small(module, tmp_path):
     assert module.read_image("small.jpg", 224, 0.08).size == (100, 60)
 
 
+@pytest.mark.shared
 def test_train_folder_is_preferred_and_any_layout_is_found(module, folder, tmp_path):
     for name in ("train/x/1.png", "train/2.PNG", "val/3.png"):
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -233,6 +238,7 @@ def test_train_folder_is_preferred_and_any_layout_is_found(module, folder, tmp_p
     assert len(module.Images(str(folder), (), 0, 32, 0.3, 0).items) == 40
 
 
+@pytest.mark.shared
 def test_crops_depend_on_seed_epoch_and_index_alone(module, folder):
     crop = torchvision.transforms.v2.RandomResizedCrop(16)
     images = module.Images(str(folder), (crop, crop), 0, 16, 0.3, 0)
@@ -247,6 +253,7 @@ def test_crops_depend_on_seed_epoch_and_index_alone(module, folder):
     assert not torch.equal(module.Images(str(folder), (crop,), 1, 16, 0.3, 0)[3][0], first)
 
 
+@pytest.mark.shared
 def test_a_hundred_bad_files_in_a_row_are_an_error(module, tmp_path, script):
     (tmp_path / "bad").mkdir()
     for i in range(110):
@@ -257,6 +264,7 @@ def test_a_hundred_bad_files_in_a_row_are_an_error(module, tmp_path, script):
         assert any("100 files in a row cannot be read" in line for line in done.stderr.splitlines())
 
 
+@pytest.mark.shared
 def test_data_sets_of_torchvision(module, monkeypatch):
     pictures = [(Image.new("L", (20, 20), 10 * i), 0) for i in range(16)]
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda root, download: pictures)
@@ -285,6 +293,7 @@ def test_data_sets_of_torchvision(module, monkeypatch):
 # Section 8: the run folder
 
 
+@pytest.mark.shared
 def test_a_resumed_run_takes_over_where_there_was_no_scaler(module, folder, tmp_path):
     """The same command on another machine, where --amp auto becomes float16."""
     flags = {"data": str(folder), "run_dir": "run", "checkpoint_every": 5}
@@ -345,6 +354,7 @@ def test_run_folder(module, folder, tmp_path, capsys):
     assert metrics_of(run) == lines
 
 
+@pytest.mark.shared
 def test_name_of_the_run_folder(module, folder, tmp_path):
     script, data = module.__name__, str(folder)
     args = tiny_args(script, data=data)
@@ -394,7 +404,7 @@ def uninterrupted(script, folder, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.shared)])
 def test_kill_and_the_same_command_again(script, folder, tmp_path, uninterrupted, workers):
     """40 steps = some more than 10, kill -9, the same command again: bit for bit, with any workers."""
     words = command_line(script, data=folder, epochs=8, run_dir="run", checkpoint_every=10, workers=workers)
@@ -411,6 +421,7 @@ def test_kill_and_the_same_command_again(script, folder, tmp_path, uninterrupted
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
+@pytest.mark.shared
 def test_kill_while_a_checkpoint_is_written(script, folder, tmp_path, uninterrupted):
     """The second checkpoint is killed when half of it is on the disk."""
     (tmp_path / "program.py").write_text(f"""
@@ -456,6 +467,7 @@ def test_ctrl_c_says_one_line(script, folder, tmp_path):
 # Section 9: collapse
 
 
+@pytest.mark.shared
 def test_alarm_rings_after_three_and_clears_after_three(module, capsys):
     state, heard = {}, []
     for step, bad in enumerate([1, 1, 1, 1, 1, 0, 1, 1, 1, 0, 1, 0, 0, 1, 0, 0, 0, 0, 1, 1, 1], start=1):
@@ -599,6 +611,7 @@ def test_wrong_values_say_what_is_allowed(module, tmp_path, flag):
         assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.shared
 def test_wrong_flag_and_wrong_choice(script, tmp_path):
     for words in (["--no-such-flag", "1"], ["--arch", "resnet1000"], ["--epochs", "many"]):
         done = run([sys.executable, ROOT / f"{script}.py", *words])
@@ -627,6 +640,7 @@ def test_no_cuda_where_it_is_asked_for(module, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.shared
 def test_damaged_and_foreign_checkpoints(module, folder, tmp_path):
     flags = {"data": str(folder), "epochs": 1, "run_dir": "run"}
     module.train(tiny_args(module.__name__, **flags))
@@ -655,6 +669,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(module, folde
     assert len(tensors) > 20 and all(torch.isfinite(tensor).all() for tensor in tensors)
 
 
+@pytest.mark.shared
 def test_save_is_complete_or_not_at_all(module, tmp_path, monkeypatch):
     module.save_checkpoint("a.pt", method="x", tensor=torch.ones(3))
 

@@ -10,6 +10,7 @@ import torch
 import tyro
 from conftest import run_processes, tiny_args
 
+import convert
 import eval_linear
 import mae
 from mae import (
@@ -247,7 +248,9 @@ def test_sizes_and_the_papers_decoder(arch, patch, width, depth, heads):
         model = MAE(arch, 224, patch)
     assert len(model.blocks) == depth and model.norm.weight.shape == (width,)
     assert {block.attn.heads for block in model.blocks} == {heads}
-    assert mae.VITS == eval_linear.VITS
+    assert {name: heads for name, (_, _, heads) in mae.VITS.items()} == eval_linear.HEADS
+    known = {name: (width, *sizes) for width, (name, *sizes) in convert.VITS.items() if name != "vit_giant"}
+    assert known == mae.VITS
     assert len(model.decoder_blocks) == 8 and model.decoder_norm.weight.shape == (512,)
     assert model.decoder_blocks[0].attn.heads == 16
 

@@ -324,7 +324,7 @@ torch.save(keys, f"RUN-{os.environ['RANK']}.pt")
     [
         ({"queue_size": 30}, "--queue-size 30: give a multiple of 8, the keys of a step"),
         ({"queue_size": 40, "symmetric": True}, "--queue-size 40: give a multiple of 16, the keys of a step"),
-        ({"bn_splits": 8}, "--batch-size 8: give a multiple of 16 (--bn-splits 8), at most 4096 images"),
+        ({"bn_splits": 8}, "--batch-size 8: give a multiple of 16, at most 4096 images"),
         ({"momentum": 1.5}, "--momentum 1.5: must be 0 or more, at most 1"),
     ],
 )
