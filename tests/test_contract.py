@@ -382,6 +382,10 @@ def test_a_folder_of_another_run_is_refused(module, folder, tmp_path):
         and "epochs" not in message
     )
     assert snapshot(tmp_path / "run") == before
+    held = json.loads((tmp_path / "run/args.json").read_text())
+    del held["init"]  # as begun before there was this flag: it had its default
+    (tmp_path / "run/args.json").write_text(json.dumps(held))
+    module.train(args)
     module.train(dataclasses.replace(args, seed=5, restart=True))
     assert json.loads((tmp_path / "run/args.json").read_text())["seed"] == 5
 

@@ -1,6 +1,7 @@
 """convert.py: files of every official format, made here, give the features of the model they came from."""
 
 import argparse
+import dataclasses
 import functools
 import importlib
 import math
@@ -472,3 +473,11 @@ def test_training_goes_on_from_an_official_file(folder, capsys):
         flags |= {"patch_size": 8} if name != "moco" else {}
         assert math.isfinite(module.train(tiny_args(name, **flags))["train/loss"])
         assert f"--init {name}.pt: new are" in capsys.readouterr().out
+    file = torch.load("dino.pt", weights_only=True)
+    file["arch_args"]["heads"] = 8  # the same shapes, another network
+    torch.save(file, "eight.pt")
+    args = tiny_args("dino", data=str(folder), init="eight.pt", patch_size=8, run_dir="run-eight")
+    with pytest.raises(SystemExit, match="--init eight.pt: 1 do not fit this encoder: 8 heads"):
+        dino.train(args)
+    with pytest.raises(SystemExit, match="--init dino.pth: is no backbone.pt; convert.py makes one"):
+        dino.train(dataclasses.replace(args, init="dino.pth"))
