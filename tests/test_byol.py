@@ -209,6 +209,7 @@ if rank == 0:
     assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_training_in_two_processes(folder, tmp_path):
     """DDP with two passes before one gradient; the target is the same in both processes."""
     code = f"""

@@ -428,6 +428,7 @@ dino.train(args)
         torch.testing.assert_close(two["teacher"][name], tensor, atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_resnet_in_two_processes(tmp_path, folder):
     """Two passes of one network with BatchNorm, and then its gradient, under DDP."""
     code = f"""

@@ -199,7 +199,7 @@ assert abs(accuracy - one) < 1e-6
     )
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("lars", marks=pytest.mark.slow)])
 def test_training_is_the_same_in_chunks_and_in_processes(tmp_path, optimizer):
     """train() itself, with a network without BatchNorm: 1 process = chunks = 2 processes = 2 in chunks."""
     code = f"""
