@@ -96,6 +96,8 @@ PRESETS = {
     "moco-linear": f"{PROBE} 256 --rates 30 --epochs 100 --decay-epochs 60 80",  # main_lincls.py
     "byol-linear": f"{PROBE} 1024 --solver nesterov --rates 0.4 0.3 0.2 0.1 0.05 --epochs 80",  # C.1
     "dino-linear": f"{PROBE} 1024 --rates 0.001 --epochs 100 --layers -4 -3 -2 -1",  # eval_linear.py, ViT-S
+    "beit-linear": f"{PROBE} 1024 --solver adamw --rates 0.001 --weight-decay 1e-4 --epochs 50 "
+    "--layers 8 --feature mean",  # 2106.08254 D, ViT-B
     # Table 10 of 2111.06377, with SGD for LARS, as its caption allows at this batch, and so a grid of rates
     "mae-linear": f"{PROBE} 4096 --probe-norm --epochs 90 --warmup-epochs 10",
     "mae-finetune": "--mode finetune --feature mean --solver adamw --batch-size 1024 --epochs 100 "
@@ -449,7 +451,7 @@ def load_backbone(path, seed=0, side=0, feature="auto", layers=(-1,), mode="line
         patch_size = options.pop("patch_size", 1)
         if state["arch"].startswith("vit"):
             shapes = {name: tensor.shape for name, tensor in state["state_dict"].items()}
-            means = "cls_token" not in shapes or (mode == "finetune" and method in ("mae", "beit"))
+            means = "cls_token" not in shapes or method == "beit" or (mode, method) == ("finetune", "mae")
             options["feature"] = ("mean" if means else "cls") if feature == "auto" else feature
             options["heads"] = options.get("heads") or HEADS[state["arch"]]
             fixed = options.pop("fixed_positions", False)

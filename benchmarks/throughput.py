@@ -8,6 +8,7 @@ Same network, batch, threads and inputs; medians over the rounds, and the ratio 
 MAE: the step also beside the same model with all tokens in the encoder, and its multiply-adds.
 """
 
+import random
 import statistics
 import sys
 import time
@@ -22,6 +23,8 @@ from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import beit  # noqa: E402
+
 import byol  # noqa: E402
 import dino  # noqa: E402
 import mae  # noqa: E402
@@ -193,6 +196,48 @@ def mae_step(batch_size, rounds, image_size=32, patch_size=4):
     decoder = multiply_adds(n + 1, ddim, ddepth)
     masked, full = (multiply_adds(1 + kept, dim, depth) + decoder for kept in (n // 4, n))
     print(f"  multiply-adds of the blocks, all tokens / mask 0.75: {full / masked:.2f}")
+
+
+def beit_step(batch_size, rounds, image_size=32, patch_size=4, tokens=512):
+    """The second stage, with given codes: one table of relative positions, LayerScale, 26 of 64 hidden."""
+    from transformers import BeitConfig, BeitForMaskedImageModeling
+
+    dim, depth, heads = beit.VITS["vit_nano"]
+    grid, rng = image_size // patch_size, random.Random(0)
+    config = BeitConfig(
+        vocab_size=tokens,
+        **dict(
+            hidden_size=dim, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4 * dim
+        ),
+        **dict(image_size=image_size, patch_size=patch_size, layer_norm_eps=1e-6, use_mask_token=True),
+        **dict(use_shared_relative_position_bias=True, layer_scale_init_value=0.1, drop_path_rate=0.0),
+    )
+    ours, theirs = beit.BEiT("vit_nano", grid, patch_size, tokens), BeitForMaskedImageModeling(config)
+    images, codes = (
+        torch.randn(batch_size, 3, image_size, image_size),
+        torch.randint(tokens, (batch_size, 64)),
+    )
+    mask = torch.stack([beit.block_mask((grid, grid), 26, rng, 4) for _ in images])
+
+    def stepper(model, loss_of):
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+
+        def step():
+            optimizer.zero_grad()
+            loss_of().backward()
+            optimizer.step()
+
+        return step
+
+    def our_loss():
+        return beit.beit_loss(ours(images, mask), codes.view(-1, grid, grid), mask).mean()
+
+    def their_loss():
+        return theirs(images, bool_masked_pos=mask.flatten(1), labels=codes[mask.flatten(1)]).loss
+
+    contestants = {"ours": stepper(ours, our_loss), "transformers": stepper(theirs, their_loss)}
+    title = f"BEiT step, vit_nano, {image_size} px, patch {patch_size}, batch {batch_size}"
+    show(title, contestants, batch_size, rounds)
 
 
 def dino_step(batch_size, rounds):
@@ -372,7 +417,7 @@ def byol_step(batch_size, rounds):
 
 def main(rounds: int = 9, data: str = "", batch_size: int = 256, count: int = 128, only: str = ""):
     """Compare with lightly, transformers; --data: a folder of photos (default: the built-in images), --count
-    of them; --only simclr, moco, byol, dino or mae."""
+    of them; --only simclr, moco, byol, dino, mae or beit."""
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {rounds} rounds, medians")
@@ -386,6 +431,8 @@ def main(rounds: int = 9, data: str = "", batch_size: int = 256, count: int = 12
         byol_step(batch_size, rounds)
     if only in ("", "mae"):
         mae_step(batch_size, rounds)
+    if only in ("", "beit"):
+        beit_step(batch_size // 2, rounds)
     if only in ("", "dino"):
         dino_step(batch_size // 4, rounds)
 

@@ -24,7 +24,7 @@ TRAINING = [
 ]
 # Flags that make a run tiny, for scripts whose defaults are not tiny enough.
 TINY = {
-    "beit": {"tokens": 32, "hidden_dim": 8, "tokenizer_epochs": 1, "positions": "blocks"},
+    "beit": {"tokens": 32, "tokenizer_dim": 8, "tokenizer_epochs": 1, "positions": "blocks"},
     "byol": {"hidden_dim": 64},
     "dino": {"out_dim": 64, "head_dim": 64, "local_crops": 2},
     "moco": {"queue_size": 64, "bn_splits": 2},

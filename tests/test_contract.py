@@ -562,6 +562,7 @@ SHORT = {
 
 
 FASTER = {
+    "beit": {"image_size": 16, "min_block": 2, "lr": 2e-3},
     "byol": {"base_lr": 0.08, "momentum": 0.9},  # for the constant to be found in 64 steps
     # the alarm is not armed while the prototypes are frozen; large patches take less time
     "dino": {"freeze_last_layer": 0, "patch_size": 16, "local_crops": 0},

@@ -38,11 +38,11 @@ def shaken(net, by=0.1):
     return net.eval()
 
 
-def converted(file, **flags):
+def converted(file, feature="auto", **flags):
     """backbone.pt of a file, as eval_linear.py loads it."""
     torch.save(file, path := flags.pop("path", "file.pth"))
     convert.convert(convert.Args(path, **{"heads": 3} | flags))
-    return load_backbone("backbone.pt")
+    return load_backbone("backbone.pt", feature=feature)
 
 
 def same_features(backbone, theirs, side=32, atol=1e-4):
@@ -205,7 +205,7 @@ def test_beit(capsys):
     net = shaken(timm.models.beit.Beit(**NANO | options, use_shared_rel_pos_bias=True))
     others = {"mask_token": torch.zeros(1, 1, 48), "lm_head.weight": torch.zeros(9, 48)}
     index = {"rel_pos_bias.relative_position_index": torch.zeros(17, 17, dtype=torch.long)}
-    backbone = converted({"model": net.state_dict() | others | index})
+    backbone = converted({"model": net.state_dict() | others | index}, feature="cls")
     same_features(backbone, net)
     assert "BEiT, vit" in capsys.readouterr().out and backbone.mean.flatten().tolist() == [0.5] * 3
     larger = timm.models.beit.Beit(**NANO | options | {"img_size": 48}, use_shared_rel_pos_bias=True).eval()
@@ -218,7 +218,7 @@ def test_beit(capsys):
 def test_beit_with_absolute_positions():
     """The released file of 800 epochs on ImageNet-1k: no tables, no layer scale."""
     net = shaken(timm.models.beit.Beit(**NANO, global_pool="token"))
-    backbone = converted({"model": net.state_dict()})
+    backbone = converted({"model": net.state_dict()}, feature="cls")
     same_features(backbone, net)
     assert backbone.mean[0].item() == pytest.approx(0.485)
 
@@ -415,8 +415,9 @@ def loaded(lines):
 def test_every_backbone_loads_in_timm_and_torchvision(script, folder):
     module = importlib.import_module(script)
     module.train(tiny_args(script, data=str(folder), epochs=1, run_dir="run"))
-    backbone = load_backbone("run/backbone.pt")
-    for library in ("timm", "torchvision"):
+    beit = script == "beit"  # torchvision has no place for its parts
+    backbone = load_backbone("run/backbone.pt", feature="cls" if beit else "auto")
+    for library in ("timm",) if beit else ("timm", "torchvision"):
         args = convert.Args("run/backbone.pt", to=f"{library}.pth", export=library)
         same_features(backbone, loaded(convert.convert(args)))
     args = convert.Args("run/backbone.pt", to="weights.safetensors", export="safetensors")
@@ -436,9 +437,9 @@ def test_converted_variants_load_in_timm(capsys):
     ]
     for net, name in zip(nets, ("timm", "beit", "timm"), strict=True):
         statistics = "half" if name == "timm" else "auto"
-        backbone = converted(net.state_dict(), format=name, statistics=statistics)
-        if "cls_token" not in net.state_dict():
-            backbone = load_backbone("backbone.pt", feature="mean")
+        converted(net.state_dict(), format=name, statistics=statistics)
+        feature = "cls" if "cls_token" in net.state_dict() else "mean"
+        backbone = load_backbone("backbone.pt", feature=feature)
         same_features(backbone, net)
         same_features(
             backbone, loaded(convert.convert(convert.Args("backbone.pt", to="t.pth", export="timm")))

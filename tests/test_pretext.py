@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 
 import pytest
@@ -349,6 +350,21 @@ def test_gray_data_is_an_error(tmp_path):
 # All tasks
 
 
+def test_wide_photos_do_not_tell_the_turn():
+    """All crops are of the central square, so none is squeezed by more than chance: a disc stays one."""
+    y, x = torch.meshgrid(torch.arange(90), torch.arange(160), indexing="ij")
+    disc = ((y - 45) ** 2 + (x - 80) ** 2 < 30**2).expand(3, -1, -1).byte() * 255
+    assert torch.equal(pretext.central_square(disc), disc[:, :, 35:125])
+    assert pretext.central_square(disc.mT).shape == (3, 90, 90)
+
+    def stretch(*crops):
+        view = pretext.v2.Compose([*crops, pretext.random_crop(48, 0.6)])
+        discs = [view(disc)[0] > 127 for _ in range(300)]
+        return sum(math.log(d.any(dim=0).sum() / d.any(dim=1).sum()) for d in discs) / 300
+
+    assert abs(stretch(pretext.central_square)) < 0.04 < 0.1 < abs(stretch())
+
+
 @pytest.mark.parametrize(
     "flags, floor",
     [
@@ -370,7 +386,7 @@ def test_cross_entropy_of_equal_logits(flags, floor, monkeypatch):
 
 def test_training_is_the_same_in_chunks_and_in_processes(tmp_path):
     """A network without BatchNorm: 1 process = chunks = 2 processes = 2 in chunks, for all three tasks, with
-    gray images in one process and coloured ones in the other."""
+    a third of the images gray, so that the processes have unequal numbers of coloured pixels."""
     code = """
 import pretext
 import torch.distributed as dist
@@ -449,6 +465,7 @@ def test_the_permutations_are_kept_with_the_run(folder):
         ({"permutations": 6000}, "--permutations 6000: must be above 0, at most 5000"),
         ({"gray": 1.5}, "--gray 1.5: must be 0 or more, at most 1"),
         ({"rebalance": 0.0}, "--rebalance 0.0: must be above 0, at most 1"),
+        ({"task": "colorization", "micro_batch_size": 7}, "--micro-batch-size 7: leaves one image alone"),
         ({"neighbors": 400}, "--neighbors 400: must be above 0, at most 313"),
     ],
 )
@@ -470,3 +487,31 @@ def test_paper_command_is_the_sheet_s():
     )
     assert args.base_lr * args.batch_size / 256 == pytest.approx(0.1) and args.weight_decay == 5e-4
     assert (Args.gray, Args.neighbors, Args.rebalance) == (0.3, 5, 0.5)
+
+
+@pytest.mark.parametrize("task", ["jigsaw", "colorization"])
+def test_resume_is_exact(task, folder, tmp_path, monkeypatch, capsys):
+    """Stopped in step 8 of 10, continued from step 5: the metrics of a run that nothing stopped."""
+    flags = {"data": str(folder), "task": task, "permutations": 7, "epochs": 2, "checkpoint_every": 5}
+    pretext.train(tiny_args("pretext", **flags, run_dir="whole"))
+    calls, metrics = [], pretext.collapse_metrics
+
+    def stop(*args, **options):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return metrics(*args, **options)
+
+    monkeypatch.setattr(pretext, "collapse_metrics", stop)
+    with pytest.raises(SystemExit, match="step 8"):
+        pretext.train(tiny_args("pretext", **flags, run_dir="run"))
+    pretext.train(tiny_args("pretext", **flags, run_dir="run"))
+    assert "step 5 of 10" in capsys.readouterr().out
+    whole, resumed = (
+        [
+            {k: v for k, v in json.loads(line).items() if k[:4] != "perf"}
+            for line in open(f"{name}/metrics.jsonl")
+        ]
+        for name in ("whole", "run")
+    )
+    assert whole == resumed and len(whole) == 10
