@@ -385,7 +385,7 @@ def test_cross_entropy_of_equal_logits(flags, floor, monkeypatch):
 
 
 def test_training_is_the_same_in_chunks_and_in_processes(tmp_path):
-    """A network without BatchNorm: 1 process = chunks = 2 processes = 2 in chunks, for all three tasks, with
+    """A network without BatchNorm: 1 process = chunks = 2 processes in chunks, for all three tasks, with
     a third of the images gray, so that the processes have unequal numbers of coloured pixels."""
     code = """
 import pretext
@@ -412,7 +412,7 @@ for task in pretext.TASKS:
         image = pretext.demo_image(i)[0]
         image.convert("L" if i % 3 == 0 else "RGB").save(tmp_path / "photos" / f"{i:03d}.png")
     first = {}
-    for n, micro in ((1, 0), (1, 5), (2, 0), (2, 5)):
+    for n, micro in ((1, 0), (1, 5), (2, 5)):
         name = f"run{n}{micro}"
         run_processes(tmp_path, code.replace("MICRO", str(micro)).replace("RUN", name), n)
         for task in pretext.TASKS:
@@ -433,7 +433,7 @@ def test_a_shortcut_is_said(folder, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("task, words", [("jigsaw", "accuracy"), ("colorization", "constant answer")])
-def test_random_labels_ring_the_alarm(task, words, tmp_path, capsys, monkeypatch):
+def test_random_labels_ring_the_alarm(task, words, folder, capsys, monkeypatch):
     """The control of rotation is in test_contract.py; targets of other images are random ones."""
     kind = pretext.TASKS[task]
     batch = kind.batch
@@ -442,8 +442,7 @@ def test_random_labels_ring_the_alarm(task, words, tmp_path, capsys, monkeypatch
         inputs, targets = batch(self, images, numbers)
         return inputs, targets[torch.randperm(len(targets))]
 
-    flags = {"data": "demo", "task": task, "epochs": 1, "batch_size": 64, "log_every": 3, "permutations": 12}
-    flags["image_size"] = 24 if task == "jigsaw" else 16
+    flags = {"data": str(folder), "task": task, "epochs": 12, "log_every": 3, "permutations": 12}
     monkeypatch.setattr(kind, "batch", shuffled)
     pretext.train(tiny_args("pretext", **flags, warmup_epochs=0.1, run_dir="run"))
     lines = [json.loads(line) for line in open("run/metrics.jsonl")]
