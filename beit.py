@@ -22,9 +22,9 @@ Paper: torchrun --nproc-per-node 16 beit.py --data imagenet/ --image-size 224 --
 
 Differs from the official code: its own tokenizer, of the official layers and sizes, with a softmax that gets
 colder and a KL term, for DALL-E's, whose files are gone; no schedule for one is published, these are ours.
-Encoders below vit_base. The tokenizer's view is resized bicubic and has the encoder's mean and deviation
-undone; colours are jittered after the crop, in one order a batch. The loss is the mean over the hidden
-patches of all processes. Drop path depends on the number of processes and on --micro-batch-size.
+Encoders below vit_base. The tokenizer's view is resized bicubic, not Lanczos; ImageNet's mean and deviation;
+colours are jittered after the crop, in one order a batch. The loss is the mean over the hidden patches of all
+processes. Drop path depends on the number of processes and on --micro-batch-size.
 """
 
 import hashlib
