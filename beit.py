@@ -7,7 +7,7 @@
 Paper: Bao et al. 2021, arXiv 2106.08254; where paper and official PyTorch code differ, the code.
 First a tokenizer learns to write each patch of an image as one of K codes and to paint the image from them:
 a discrete VAE (dVAE, arXiv 2102.12092). Then a ViT sees the image with blocks of patches M replaced by a mask
-token and predicts the codes z of these patches (Eq. 3 and 4):
+token and predicts the codes z of these patches:
   L = 1 / |M|  sum over i in M of  -log softmax(lm_head(h_i))[z_i],   z = argmax_k tokenizer(image)
 The targets are fixed, so nothing can collapse; but if the tokenizer uses few codes, they are trivial, and a
 model may learn how frequent they are and no more. Both are watched.
@@ -102,7 +102,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def block_mask(grid, num_masked, rng, min_block=16):
-    """Blockwise mask (Sec. 2.3, masking_generator.py): bool (H, W) with at most num_masked True, in blocks of
+    """Blockwise mask (Algorithm 1, masking_generator.py): bool (H, W) with at most num_masked True, in blocks of
     min_block patches or more, as far as there is room. rng: random.Random."""
     (height, width), mask, count = grid, torch.zeros(grid, dtype=torch.bool), 0
     while count < num_masked:
