@@ -102,8 +102,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def block_mask(grid, num_masked, rng, min_block=16):
-    """Blockwise mask (Algorithm 1, masking_generator.py): bool (H, W) with at most num_masked True, in blocks of
-    min_block patches or more, as far as there is room. rng: random.Random."""
+    """Blockwise mask (Algorithm 1, as in masking_generator.py): bool (H, W) with at most num_masked True, in
+    blocks of min_block patches or more, as far as there is room. rng: random.Random."""
     (height, width), mask, count = grid, torch.zeros(grid, dtype=torch.bool), 0
     while count < num_masked:
         most = num_masked - count
