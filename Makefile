@@ -14,7 +14,7 @@ test-all: test
 	$(BIN)/python -m pytest -m slow
 
 lint: .venv/dev
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check .
 
 .venv/bin/python:

@@ -24,7 +24,6 @@ from torchvision.transforms.functional import pil_to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import beit  # noqa: E402
-
 import byol  # noqa: E402
 import dino  # noqa: E402
 import mae  # noqa: E402
