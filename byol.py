@@ -336,16 +336,20 @@ class Images(Dataset):
         self.found = f"{len(self.items)} images in {data}, {ignored} other files ignored"
 
     def __getitem__(self, key):
-        for item in range(key, key + 100):
+        for number in range(key, key + 100):
+            item = index = number % len(self.items)
             try:
-                item = self.items[item % len(self.items)]
+                item = self.items[index]
                 image = read_image(item, *self.reading) if isinstance(item, str) else item[0].convert("RGB")
                 torch.default_generator.manual_seed(hash((self.seed, 1, key)) % 2**32)
                 pixels = v2.functional.pil_to_tensor(image)  # resizes 3 x as fast as PIL, alike to 2 of 255
-                return [view(pixels) for view in self.views]
+                return self.sample(index, pixels)
             except Exception as error:  # whatever a decoder raises
                 warnings.warn(f"{item} cannot be read, the next one takes its place: {error}", stacklevel=2)
         raise OSError(f"--data: 100 files in a row cannot be read, the last is {item}")
+
+    def sample(self, index, pixels):
+        return [view(pixels) for view in self.views]
 
     def batches(self, batch_size, step, epochs, rank, world):
         """Keys of this process's slice of each global batch from `step` on, dropping an epoch's rest."""
@@ -422,7 +426,7 @@ def load_encoder(model, prefix, path, rank):
         fresh, wrong = model.load_state_dict({prefix + k: v for k, v in state.items()}, strict=False)
     except Exception as error:  # no such file, no backbone.pt, other shapes
         raise SystemExit(f"--init {path}: {' '.join(str(error).split())[:300]}")
-    heads = tuple(prefix + part for part in ("fc.", "decoder_", "mask_token", "lm_head."))
+    heads = tuple(prefix + part for part in ("fc.", "decoder_", "mask_token", "lm_head.", "proj"))
     blocks = getattr(model.get_submodule(prefix.rstrip(".")), "blocks", None)
     if given and blocks and blocks[0].attn.heads != given:  # of the same shape, and another network
         wrong += [f"{given} heads"]
