@@ -14,23 +14,26 @@ ones leave a loss of about ln(B / C): clip/floor. A class can then be named in w
 Demo:   python clip.py
 Pairs:  python clip.py --data pairs.csv --image-size 128 --arch vit_small --batch-size 1024 \\
             --micro-batch-size 128 --epochs 60 --workers 8
-Paper:  torchrun --nproc-per-node 256 clip.py --data pairs.tsv --image-size 224 --arch vit_base \\
-            --patch-size 32 --embed-dim 512 --text-width 512 --text-depth 12 --context-length 77 \\
-            --bpe-path bpe_simple_vocab_16e6.txt.gz --epochs 32 --batch-size 32768 --lr 5e-4 \\
-            --warmup-epochs 0.16 --workers 12
+Paper:  torchrun --nnodes 32 --nproc-per-node 8 clip.py --data pairs.tsv --image-size 224 \\
+            --arch vit_base --patch-size 32 --embed-dim 512 --text-width 512 --text-depth 12 \\
+            --context-length 77 --bpe-path bpe_simple_vocab_16e6.txt.gz --epochs 32 --batch-size 32768 \\
+            --lr 5e-4 --warmup-epochs 0.16 --workers 12
 Use:    python clip.py --classify photo.jpg --prompts "a fox" "a deer" "an owl" --checkpoint RUN/checkpoint.pt
 
 --data: a .csv or .tsv with a header, or a .jsonl, with the path of an image (relative to the file) and its
 caption or list of captions; a folder with photo.txt beside photo.jpg, a caption in each line; class folders,
 whose names fill --templates; a torchvision data set; the demo.
 Differs from the official code: torchvision's ResNets with a linear projection for its modified ones; bytes as
-tokens if no vocabulary is given; of the repair of broken text only quotes and Unicode's NFC; encoders below
-vit_base; crops resized as uint8 tensors (within 2 of 255 of Pillow's), large JPEGs decoded at reduced size;
-the end of a text that is too long is cut, and told; an epoch drops its last incomplete batch. Several
-processes give the loss and gradient of one, but for ResNets' BatchNorm: each process's and chunk's own.
+tokens if no vocabulary is given; of the repair of broken text only quotes and Unicode's NFC; no special
+tokens within a text; encoders below vit_base; crops of aspect 3/4 to 4/3, no decay on class_embedding,
+positions and scale, and a warm-up that does not start at 0, as in open_clip; crops resized as uint8 tensors
+(within 2 of 255 of Pillow's), large JPEGs decoded at reduced size; the end of a text that is too long is cut,
+and told; an epoch drops its last incomplete batch. Several processes give the loss and gradient of one, but
+for ResNets' BatchNorm: each process's and chunk's own.
 """
 
 import contextlib
+import copy
 import csv
 import gzip
 import hashlib
@@ -77,7 +80,9 @@ class Args:
     data: str = "demo"  # demo, a folder of images in any layout, or a torchvision data set such as CIFAR10
     val_data: str = ""  # pairs to measure at the end, as --data; default: its val/ or test/, or some of it
     image_size: int = 32  # side of a view in pixels (paper: 224)
-    min_scale: float = 0.9  # smallest area of a crop as a share of the image (paper: near 1)
+    min_scale: float = (
+        0.9  # smallest area of a crop as a share of the image (paper: not given; open_clip: 0.9)
+    )
     flip: bool = False  # mirror half of the images; not where captions say left or right (paper: off)
     templates: tuple[str, ...] = TEMPLATES  # texts for the name {} of a class (paper: 80 of its own)
     bpe_path: str = ""  # the official bpe_simple_vocab_16e6.txt.gz; default: bytes are the tokens
@@ -87,10 +92,10 @@ class Args:
     patch_size: int = 8  # side of a patch in pixels (paper: 32, 16 or 14)
     stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3, stride 1, no max-pool; 10 x the work
     embed_dim: int = 128  # width of the features that are compared (paper: 512 to 1024)
-    text_width: int = 128  # of the encoder of text, a multiple of 64 (paper: 512 to 768)
+    text_width: int = 128  # of the encoder of text, a multiple of 64 (paper: 512)
     text_depth: int = 4  # its blocks (paper: 12)
     quick_gelu: bool = True  # x sigmoid(1.702 x) for GELU, in both encoders (paper: on)
-    epochs: int = 20  # passes over the data (paper: 32)
+    epochs: int = 15  # passes over the data (paper: 32)
     batch_size: int = 256  # images per step, of all processes together (paper: 32768)
     micro_batch_size: int = 0  # images per pass and process, 0: all; same gradient, BatchNorm apart
     lr: float = 1e-3  # learning rate (paper: 5e-4)
@@ -107,7 +112,7 @@ class Args:
     checkpoint_every: int = 100  # steps
     classify: tuple[str, ...] = ()  # images to name with --prompts, by --checkpoint; nothing is trained
     prompts: tuple[str, ...] = ()  # texts to choose from
-    checkpoint: str = ""  # checkpoint.pt of a run, or weights of open_clip (ViTs)
+    checkpoint: str = ""  # checkpoint.pt of a run, or a ViT's weights of open_clip (LAION: --no-quick-gelu)
 
 
 # --- Augmentation -------------------------------------------------------------------------------------------
@@ -116,31 +121,29 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 def clean(text):
     """As the official tokenizer: HTML's escapes undone, one space between words, lower case."""
-    text = unicodedata.normalize("NFC", text).translate(dict(zip(map(ord, "‘’“”"), "''\"\"", strict=True)))
-    return " ".join(html.unescape(html.unescape(text)).split()).lower()
+    text = html.unescape(html.unescape(text.encode("utf-8", "replace").decode()))  # half an emoji: a "?"
+    text = unicodedata.normalize("NFC", text).translate(str.maketrans("ʼ‘’‚‛“”„‟", 5 * "'" + 4 * '"'))
+    return " ".join(text.split()).lower()
 
 
 class ByteTokenizer:
-    """Text <-> ids without a vocabulary: bytes of UTF-8 are 1 .. 256, start 257, end 258. Uses clean."""
+    """Text -> ids without a vocabulary: bytes of UTF-8 are 1 .. 256, start 257, end 258. Uses clean."""
 
     vocab_size = 259
 
     def encode(self, text):
         return [1 + byte for byte in clean(text).encode()]
 
-    def decode(self, ids):
-        return bytes(i - 1 for i in ids if 1 <= i <= 256).decode(errors="replace")
-
 
 class BPETokenizer:
-    """Text <-> ids of the official vocabulary file: 256 bytes, the same at the end of a word, 48,894 merges,
+    """Text -> ids of the official vocabulary file: 256 bytes, the same at the end of a word, 48,894 merges,
     start, end. Uses clean, words_of."""
 
     def __init__(self, path):
         try:
             with gzip.open(path, "rt", encoding="utf-8") as file:
                 merges = [tuple(line.split()) for line in file.read().split("\n")[1 : 48894 + 1]]
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+        except Exception as error:  # of the disk, gzip, UTF-8
             raise SystemExit(f"--bpe-path {path}: {error}")
         if len(merges) != 48894 or any(len(pair) != 2 for pair in merges):
             raise SystemExit(f"--bpe-path {path}: is not CLIP's bpe_simple_vocab_16e6.txt.gz")
@@ -151,7 +154,7 @@ class BPETokenizer:
         }
         names = [*self.symbols.values()]
         names += [name + "</w>" for name in names] + ["".join(pair) for pair in merges]
-        self.ids, self.names = {name: i for i, name in enumerate(names)}, names
+        self.ids = {name: i for i, name in enumerate(names)}
         self.rank, self.known = {pair: i for i, pair in enumerate(merges)}, {}
         self.vocab_size = len(names) + 2
 
@@ -170,12 +173,6 @@ class BPETokenizer:
         words = words_of(clean(text))
         self.known |= {word: self.word(word) for word in words if word not in self.known}
         return [i for word in words for i in self.known[word]]
-
-    def decode(self, ids):
-        byte = {symbol: byte for byte, symbol in self.symbols.items()}
-        ids = itertools.takewhile(lambda i: i != self.vocab_size - 1, ids)
-        text = "".join(self.names[i] for i in ids if i < len(self.names)).replace("</w>", " ")
-        return bytes(byte.get(c, 32) for c in text).decode(errors="replace").strip()
 
 
 def words_of(text):
@@ -210,20 +207,21 @@ def read_index(path):
         with open(path, newline="", encoding="utf-8-sig") as file:
             if path.lower().endswith(".jsonl"):
                 rows = [json.loads(line) for line in file if line.strip()]
+                names = list(dict.fromkeys(name for row in rows for name in row.keys()))
             else:
                 header = file.readline()
                 separator = max("\t,;|", key=header.count)
-                rows = list(csv.DictReader(io.StringIO(header + file.read()), delimiter=separator))
-        rows = [{str(k).strip().lower(): v for k, v in row.items()} for row in rows]
+                reader = csv.DictReader(io.StringIO(header + file.read(), newline=""), delimiter=separator)
+                rows, names = list(reader), reader.fieldnames or []
     except (OSError, ValueError, AttributeError, csv.Error) as error:
-        raise SystemExit(f"--data {path}: cannot be read: {str(error)[:200]}")
-    names = {name for row in rows for name in row}
-    image, caption = (next((k for k in keys if k in names), None) for keys in (IMAGE_KEYS, CAPTION_KEYS))
+        raise SystemExit(f"{path}: cannot be read: {str(error)[:200]}")
+    known = {name.strip().lower(): name for name in names}
+    image, caption = (
+        next((known[k] for k in keys if k in known), None) for keys in (IMAGE_KEYS, CAPTION_KEYS)
+    )
     if not image or not caption:
-        wanted = f"one of {', '.join(CAPTION_KEYS if image else IMAGE_KEYS)}"
-        raise SystemExit(
-            f"--data {path}: needs {wanted}; it has {', '.join(sorted(names))[:150] or 'nothing'}"
-        )
+        wanted = ", ".join(CAPTION_KEYS if image else IMAGE_KEYS)
+        raise SystemExit(f"{path}: needs one of {wanted}; it has {', '.join(known)[:150] or 'nothing'}")
     pairs = []
     for row in rows:
         texts = row.get(caption) if isinstance(row.get(caption), list) else [row.get(caption)]
@@ -233,8 +231,8 @@ def read_index(path):
 
 
 # --- Model --------------------------------------------------------------------------------------------------
-VITS = {"vit_nano": (128, 6, 4), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6)}  # width, depth, heads
-VITS |= {"vit_base": (768, 12, 12), "vit_large": (1024, 24, 16), "vit_huge": (1280, 32, 16)}
+TOWERS = {"vit_nano": (128, 6), "vit_tiny": (192, 12), "vit_small": (384, 12)}  # width, depth
+TOWERS |= {"vit_base": (768, 12), "vit_large": (1024, 24)}
 
 
 def resnet(arch, stem):
@@ -258,9 +256,10 @@ class CLIPBlock(nn.Module):
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(dim, 4 * dim), "c_proj": nn.Linear(4 * dim, dim)})
 
     def forward(self, x):
-        hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
-        y = self.ln_1(x)
-        x = x + self.attn(y, y, y, need_weights=False, attn_mask=hidden if self.causal else None)[0]
+        y, hidden = self.ln_1(x), None
+        if self.causal:
+            hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        x = x + self.attn(y, y, y, need_weights=False, attn_mask=hidden)[0]
         y = self.mlp["c_fc"](self.ln_2(x))
         return x + self.mlp["c_proj"](y * torch.sigmoid(1.702 * y) if self.quick_gelu else F.gelu(y))
 
@@ -353,9 +352,9 @@ class ResNetTower(nn.Module):
 
 class CLIP(nn.Module):
     """Image tower `visual` and causal transformer of text in the official names; initialised as those: the
-    blocks of the ViT have PyTorch's initialisation. arch: of VITS or RESNETS, or (width, depth) of a ViT.
-    text: width, depth, number of tokens, context length. Uses ImageTower, ResNetTower, resnet, RESNETS, VITS,
-    transformer, CLIPBlock, resize_positions, from_timm_names, timm_name, TIMM."""
+    blocks of the ViT have PyTorch's initialisation. arch: of TOWERS or RESNETS, or (width, depth) of a ViT.
+    text: width, depth, number of tokens, context length. Uses ImageTower, ResNetTower, resnet, RESNETS,
+    TOWERS, transformer, CLIPBlock, resize_positions, from_timm_names, timm_name, TIMM."""
 
     def __init__(self, arch, image_size, patch_size, embed_dim, text, quick_gelu=True, stem="imagenet"):
         super().__init__()
@@ -363,7 +362,7 @@ class CLIP(nn.Module):
         if arch in RESNETS:
             self.visual = ResNetTower(arch, stem, embed_dim)
         else:
-            dim, depth, *_ = VITS.get(arch, arch)
+            dim, depth = TOWERS.get(arch, arch)
             self.visual = ImageTower(dim, depth, image_size, patch_size, embed_dim, quick_gelu)
         self.transformer = transformer(text_width, text_depth, quick_gelu, causal=True)
         self.token_embedding, self.ln_final = nn.Embedding(vocab_size, text_width), nn.LayerNorm(text_width)
@@ -465,8 +464,7 @@ def collapse_metrics(features, center=False):
 def clip_metrics(image_features, text_features, ids, logit_scale):
     """Of all processes: accuracy, share of rows whose pair is STRICTLY above all others, and gap, how far
     cross-entropy is below chance, that of equal logits, all without other pairs with the row's caption, by
-    ids (B, N); floor: the loss that those leave; both towers' spread and the distance of their means. Uses
-    clip_logits, gather."""
+    ids (B, N); floor: the loss that those leave. Uses clip_logits, gather."""
     logits, own = clip_logits(image_features, text_features, logit_scale)
     weights = torch.randint(2**62, ids.shape[1:], generator=torch.Generator().manual_seed(0))
     keys = (ids * weights.to(ids.device)).sum(dim=1)  # one number for each caption
@@ -478,11 +476,7 @@ def clip_metrics(image_features, text_features, ids, logit_scale):
     floor = (1 + again.sum(dim=1)).log().repeat(2)
     values = torch.stack([right.float(), gap, chance, floor]).mean(dim=1)
     names, values = ("accuracy", "gap", "chance", "floor"), gather(values[None]).mean(dim=0).tolist()
-    towers = [gather(F.normalize(x.float(), dim=1)) for x in (image_features, text_features)]
-    metrics = dict(zip(names, values, strict=True))
-    metrics["modality_gap"] = (towers[0].mean(dim=0) - towers[1].mean(dim=0)).norm().item()
-    spreads = ((1 - tower.mean(dim=0).square().sum()).item() for tower in towers)
-    return metrics | dict(zip(("image_spread", "text_spread"), spreads, strict=True))
+    return dict(zip(names, values, strict=True))
 
 
 def collapse_alarm(state, step, armed_after, problems):
@@ -511,16 +505,22 @@ def zero_shot_classifier(model, classes, templates, tokenizer=None):
     return F.normalize(features.mean(dim=1), dim=1).T
 
 
-def recall(similarity, k):
-    """Share of rows of similarity (n, n) whose pair, on the diagonal, is among the k best; ties count as
-    lost."""
-    own = similarity.diagonal()[:, None]
-    return ((similarity >= own).sum(dim=1) <= k).float().mean().item()
+def recall(similarity):
+    """Of similarity (n, n) of images and texts: share of rows, and of columns, in %, whose pair, on the
+    diagonal, is among the 1, 5, 10 best; ties count as lost."""
+    result, own = {}, similarity.diagonal()
+    for name, ranks in (
+        ("image_to_text", similarity >= own[:, None]),
+        ("text_to_image", (similarity >= own).T),
+    ):
+        for k in (1, 5, 10):
+            result[f"{name}_r{k}"] = 100 * (ranks.sum(dim=1) <= k).float().mean().item()
+    return result
 
 
 def caption_page(images, texts):
-    """uint8 page (3, H, W) of images (n, 3, H, W) in [0, 1], beside each its list of lines."""
-    side = max(96, images.shape[-1])
+    """uint8 page (3, H, W) of images (n, 3, H, W) in [0, 1], beside each its list of texts."""
+    side, texts = max(96, images.shape[-1]), [[" ".join(x.split())[:100] for x in lines] for lines in texts]
     width = side + 8 + 6 * max(len(line) for lines in texts for line in lines)
     page = Image.new("RGB", (width, (side + 4) * len(images)), "white")
     for i, (image, lines) in enumerate(zip(images, texts, strict=True)):
@@ -736,14 +736,16 @@ class Pairs(Images):
     def __init__(self, args, data, view, tokenizer, rank=0, test=False):
         self.tokenizer, self.context, self.templates = tokenizer, args.context_length, args.templates
         self.classes, self.labels, self.reading = [], [], (args.image_size, args.min_scale)
-        if os.path.isfile(data):
+        if os.path.isfile(data) or data.lower().endswith((".csv", ".tsv", ".jsonl")):
             self.views, self.seed, rows = (view,), args.seed, read_index(data)
-            missing = [path for path, texts in rows if texts and not os.path.isfile(path)]
-            rows, blank = [row for row in rows if row[1]], sum(not texts for _, texts in rows)
-            rows = [row for row in rows if row[0] not in {*missing}]
-            self.items, self.captions = [path for path, _ in rows], [texts for _, texts in rows]
-            self.found = f"{len(rows)} pairs in {data}; left out: {blank} without caption, {len(missing)} "
-            self.found += f"without image{f' ({missing[0]})' if missing else ''}"
+            missing = dict.fromkeys(path for path, texts in rows if texts and not os.path.isfile(path))
+            kept = [row for row in rows if row[1] and row[0] not in missing]
+            self.items, self.captions = [path for path, _ in kept], [texts for _, texts in kept]
+            blank = sum(not texts for _, texts in rows)
+            self.found = f"{len(kept)} pairs in {data}; left out: {blank} without caption, "
+            self.found += (
+                f"{len(rows) - len(kept) - blank} without image{f' ({[*missing][0]})' if missing else ''}"
+            )
         else:
             super().__init__(data, (view,), args.seed, *self.reading, rank)
             of_kind = (
@@ -751,10 +753,13 @@ class Pairs(Images):
             )
             self.captions = of_kind(data, test)
         texts = {text for texts in self.captions for text in texts}
-        if cut := sum(len(tokenizer.encode(text)) > self.context - 2 for text in texts):
+        longer = [text for text in texts if len(text.encode("utf-8", "replace")) > self.context - 2]
+        if cut := sum(len(tokenizer.encode(text)) > self.context - 2 for text in longer):
             self.found += f"; {cut} captions cut to --context-length {self.context}"
-        if self.items and len(texts) < 2:
-            raise SystemExit(f"--data {data}: all captions are alike ({texts}): there is nothing to learn")
+        if self.items and not test and (len(texts) < 2 or len(self.classes) == 1):
+            raise SystemExit(
+                f"{data}: all captions are alike ({[*texts][0][:50]}): there is nothing to learn"
+            )
 
     def of_demo(self, data, test):
         if test:
@@ -775,23 +780,25 @@ class Pairs(Images):
         root = os.path.join(data, "train" if os.path.isdir(os.path.join(data, "train")) else "")
         names = [os.path.relpath(item, root).split(os.sep) for item in self.items]
         if min(map(len, names), default=2) < 2:
-            raise SystemExit(f"--data {data}: no captions; give class folders, .txt files, a .csv or .jsonl")
+            raise SystemExit(f"{data}: no captions; give class folders, .txt files, a .csv or .jsonl")
         classes = sorted({name[0] for name in names})
         return self.of_classes(classes, [classes.index(name[0]) for name in names])
 
     def of_set(self, data, test):
-        for option in ({"train": False}, {"split": "test"}) if test else ():
+        for option in ({"train": False}, {"split": "test"}, {"split": "val"}) if test else ():
             with contextlib.suppress(TypeError, ValueError):
                 self.items = type(self.items)("data", download=True, **option)
-        keys = ("targets", "labels", "_labels")
+                break
+        keys = ("targets", "labels", "_labels", "_samples")
         labels = next((getattr(self.items, key) for key in keys if hasattr(self.items, key)), None)
         classes = getattr(self.items, "classes", None)
         if labels is None or classes is None:
-            raise SystemExit(f"--data {data}: torchvision does not name its classes; give a .csv")
+            raise SystemExit(f"{data}: torchvision gives no labels or names of classes; give a .csv")
         classes = [name if isinstance(name, str) else name[0] for name in classes]
-        return self.of_classes(classes, [int(label) for label in labels])
+        return self.of_classes(classes, [int(x[1] if isinstance(x, tuple) else x) for x in labels])
 
     def of_classes(self, classes, labels):
+        self.found += f"; captions of {len(classes)} class names"
         self.classes, self.labels = [name.replace("_", " ") for name in classes], labels
         texts = [[text.replace("{}", name) for text in self.templates] for name in self.classes]
         return [texts[label] for label in labels]
@@ -802,42 +809,64 @@ class Pairs(Images):
         return self.views[0](pixels), tokenize([text], self.context, self.tokenizer)[0], index
 
 
+def measured_pairs(args, data, tokenizer, rank):
+    """Pairs to measure, and their order: of --val-data, val/ or test/ beside train/, the demo's or a test
+    split; else 1,000 of those to learn from."""
+    here = [os.path.join(args.data, name) for name in ("train", "val", "valid", "validation", "test")]
+    beside = [path for path in here if os.path.isdir(path)] if os.path.isdir(here[0]) else here[:1]
+    where = args.val_data or (beside[1:] or [args.data])[0]
+    if where == args.data and os.path.exists(where):
+        test, count = copy.copy(data), min(len(data.items), 1000)
+        test.found, test.views = f"{count} of the training pairs", (photo_view(args.image_size),)
+    else:
+        test = Pairs(args, where, photo_view(args.image_size), tokenizer, rank, test=True)
+        count = len(test.items)
+        test.found += f", to measure ({where})"
+    if not count:
+        raise SystemExit(f"{where}: nothing to measure: {test.found}")
+    if set(test.classes) <= set(data.classes):  # some may have no image there
+        test.labels = [data.classes.index(test.classes[label]) for label in test.labels]
+        test.classes = data.classes
+    order = torch.randperm(len(test.items), generator=torch.Generator().manual_seed(0))
+    return test, order[:count].tolist()
+
+
 def photo_view(size):
     """The official test transform: shorter side to `size`, centre crop; uint8 (C, H, W)."""
     return v2.Compose([v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)])
 
 
 @torch.no_grad()
-def zero_shot(model, pairs, count, args, device, amp):
-    """Of the first `count` pairs: zero-shot accuracy where there are classes, recall at 1, 5, 10 both ways
-    where captions are unique (of 5,000 at most), in %; and a page of images with the texts that fit best."""
-    features, indices = [], []
+def zero_shot(model, pairs, order, args, device, amp):
+    """Of the pairs in `order`: zero-shot accuracy where there are classes, recall where captions are unique
+    (of 5,000 at most), in %; and a page of images with the texts that fit best."""
+    features, indices, shown = [], [], {}
     model.eval()
-    for pixels, _, index in DataLoader(pairs, 256, sampler=range(count), num_workers=args.workers):
+    for pixels, _, index in DataLoader(pairs, 256, sampler=order, num_workers=args.workers):
         images = v2.functional.normalize(pixels.to(device) / 255, MEAN, STD)
         with torch.autocast(device.type, amp, enabled=amp is not None):
             features.append(F.normalize(model.encode_image(images).float(), dim=1))
-        indices.append(index)
-    features, indices, results = torch.cat(features), torch.cat(indices), {"n": count}
+        indices += index.tolist()
+        shown = shown or dict(zip(indices, pixels, strict=True))
+    places = {index: place for place, index in enumerate(indices)}  # once each, where one replaced a bad one
+    features, results = torch.cat(features)[[*places.values()]], {"n": len(places)}
     if pairs.classes:
         weights = zero_shot_classifier(model, pairs.classes, pairs.templates, pairs.tokenizer)
-        labels = torch.tensor(pairs.labels)[indices].to(device)
-        right = (features @ weights).topk(min(5, len(pairs.classes))).indices == labels[:, None]
+        labels = torch.tensor([pairs.labels[index] for index in places], device=device)[:, None]
+        right = (features @ weights).topk(min(5, len(pairs.classes))).indices == labels
         results["zero_shot_top1"] = 100 * right[:, 0].float().mean().item()
-        results["zero_shot_top5"] = 100 * right.any(dim=1).float().mean().item()
-    captions = [pairs.captions[i][0] for i in indices[:5000].tolist()]
+        if len(pairs.classes) > 5:
+            results["zero_shot_top5"] = 100 * right.any(dim=1).float().mean().item()
+    captions = [pairs.captions[index][0] for index in [*places][:5000]]
     texts = list(dict.fromkeys(captions))
     similarity = features[:5000] @ embed_texts(model, texts, pairs.tokenizer).T
-    if len(texts) == len(captions):
-        for k in (1, 5, 10):
-            results[f"image_to_text_r{k}"] = 100 * recall(similarity, k)
-            results[f"text_to_image_r{k}"] = 100 * recall(similarity.T, k)
+    if 1 < len(texts) == len(captions):
+        results |= recall(similarity)
     best = (model.logit_scale.exp() * similarity[:8]).softmax(dim=1).topk(min(3, len(texts)))
     lines = [[f"own: {caption}"] for caption in captions[:8]]
-    for own, shares, places in zip(lines, best.values.tolist(), best.indices.tolist(), strict=True):
-        own += [f"{share:4.0%} {texts[place]}" for share, place in zip(shares, places, strict=True)]
-    shown = torch.stack([pairs[i][0] for i in range(min(8, count))])
-    return results, caption_page(shown / 255, lines)
+    for own, shares, found in zip(lines, best.values.tolist(), best.indices.tolist(), strict=True):
+        own += [f"{share:4.0%} {texts[place]}" for share, place in zip(shares, found, strict=True)]
+    return results, caption_page(torch.stack([shown[index] for index in [*places][:8]]) / 255, lines)
 
 
 def sizes_of(weights):
@@ -846,6 +875,8 @@ def sizes_of(weights):
     vocabulary, width = weights["token_embedding.weight"].shape
     firsts = [name for name in weights if name.endswith(".ln_1.weight")]
     depth, text_depth = (sum(name.startswith(x) for name in firsts) for x in ("visual.", "transformer."))
+    if dim in (1280, 1408, 1664):
+        raise ValueError(f"a ViT of {dim} has 16 heads, not one for each 64; only eval_linear.py reads it")
     side = patch * math.isqrt(len(weights["visual.positional_embedding"]) - 1)
     sizes = {"arch": (dim, depth), "image_size": side, "patch_size": patch}
     sizes["text"] = width, text_depth, vocabulary, len(weights["positional_embedding"])
@@ -864,6 +895,10 @@ def load_clip(path, quick_gelu):
             sizes = sizes_of(weights) | {"quick_gelu": quick_gelu}
         model = CLIP(**sizes)
         model.load_state_dict(weights)
+    except KeyError as error:
+        raise SystemExit(
+            f"--checkpoint {path}: is no checkpoint.pt of clip.py, no ViT of open_clip: no {error}"
+        )
     except Exception as error:  # of the disk, of another file, of other names and shapes
         raise SystemExit(f"--checkpoint {path}: {' '.join(str(error).split())[:300]}")
     return model.eval(), sizes["image_size"]
@@ -873,7 +908,9 @@ def text_tokenizer(bpe_path, vocab_size=0):
     """SystemExit if the vocabulary is not of this size."""
     tokenizer = BPETokenizer(bpe_path) if bpe_path else ByteTokenizer()
     if vocab_size not in (0, tokenizer.vocab_size):
-        raise SystemExit(f"--checkpoint: is of {vocab_size} tokens, --bpe-path of {tokenizer.vocab_size}")
+        raise SystemExit(
+            f"--checkpoint has {vocab_size} tokens: {'leave out' if bpe_path else 'give'} --bpe-path"
+        )
     return tokenizer
 
 
@@ -883,12 +920,15 @@ def classify(args):
     if not args.checkpoint or len(args.prompts) < 2:
         raise SystemExit("--classify: give --checkpoint and 2 or more --prompts")
     model, side = load_clip(args.checkpoint, args.quick_gelu)
-    tokenizer = text_tokenizer(args.bpe_path, model.token_embedding.num_embeddings)
+    device, context = start_processes(args.device, "off")[2], len(model.positional_embedding)
+    tokenizer, model = text_tokenizer(args.bpe_path, model.token_embedding.num_embeddings), model.to(device)
+    if any(len(tokenizer.encode(text)) > context - 2 for text in args.prompts):
+        print(f"the model reads {context} tokens: longer prompts are cut")
     texts, results = embed_texts(model, args.prompts, tokenizer), {}
     for path in args.classify:
         try:
-            image = v2.functional.pil_to_tensor(read_image(path, side, 1.0))
-        except OSError as error:
+            image = v2.functional.pil_to_tensor(read_image(path, side, 1.0)).to(device)
+        except Exception as error:  # whatever a decoder raises
             raise SystemExit(f"--classify {path}: {error}")
         image = v2.functional.normalize(photo_view(side)(image)[None] / 255, MEAN, STD)
         logits = model.logit_scale.exp() * F.normalize(model.encode_image(image), dim=1) @ texts.T
@@ -921,10 +961,7 @@ def train(args: Args) -> dict:
     data = Pairs(args, args.data, view, tokenizer, rank)
     if args.batch_size > len(data.items) or args.batch_size % world:
         raise SystemExit(f"--batch-size {args.batch_size}: give a multiple of {world}, at most {data.found}")
-    beside = [os.path.join(args.data, name) for name in ("val", "valid", "validation", "test")]
-    unseen = args.val_data or next(filter(os.path.isdir, beside), "")
-    known = not unseen and (os.path.isfile(args.data) or os.path.isdir(args.data))
-    test = Pairs(args, unseen or args.data, photo_view(args.image_size), tokenizer, rank, test=True)
+    test, order = measured_pairs(args, data, tokenizer, rank)
     per_epoch = len(data.items) // args.batch_size
     total, warmup = args.epochs * per_epoch, round(args.warmup_epochs * per_epoch)
     torch.manual_seed(args.seed)
@@ -935,6 +972,9 @@ def train(args: Args) -> dict:
     encoder = "visual.backbone." if args.arch in RESNETS else "visual."
     if args.init:
         load_encoder(model, encoder, args.init, rank)
+        given = torch.load(args.init, map_location="cpu", weights_only=True)["arch_args"]
+        if encoder == "visual." and given.get("quick_gelu", False) != args.quick_gelu:
+            raise SystemExit(f"--init {args.init}: of the other --quick-gelu")
     run, checkpoint = open_run(args, "clip", rank)
     trained, named = [*model.parameters()], [*model.named_parameters()]
     free = [p for name, p in named if p.ndim < 2 or "positional" in name]
@@ -955,7 +995,7 @@ def train(args: Args) -> dict:
     loader = DataLoader(data, batch_sampler=keys, num_workers=args.workers, pin_memory=device.type == "cuda")
     if rank == 0:
         board = SummaryWriter(run, purge_step=step + 1)
-        print(f"{data.found}. Run folder {run}, step {step} of {total}")
+        print(f"{data.found}. {test.found}. Run folder {run}, step {step} of {total}")
         print(f"{args.arch}, {amp or torch.float32}, {world} x {device}, effective learning rate {args.lr:g}")
 
     def embed(chunk):  # images (b, C, H, W), ids (b, N) -> z (b, 2, E), h (b, D)
@@ -970,7 +1010,7 @@ def train(args: Args) -> dict:
     bar = tqdm(total=total, initial=step, disable=rank > 0)
     logged, since, asked, waited = step, time.perf_counter(), time.perf_counter(), 0.0
     try:
-        for pixels, ids, _ in loader:
+        for pixels, ids, indices in loader:
             waited += time.perf_counter() - asked
             rising = (step + 1) / max(1, warmup)  # open_clip's warm-up: not from 0
             for group in optimizer.param_groups:
@@ -978,8 +1018,7 @@ def train(args: Args) -> dict:
                     args.lr * rising if rising <= 1 else cosine_schedule(step, total, warmup, args.lr)
                 )
             if step == 0 and rank == 0:
-                texts = [[tokenizer.decode(row)] for row in ids[:8].tolist()]
-                page = caption_page(pixels[:8] / 255, texts)
+                page = caption_page(pixels[:8] / 255, [data.captions[i] for i in indices[:8].tolist()])
                 v2.functional.to_pil_image(page).save(run / "views.png")
                 board.add_image("views", page, step)
             images = v2.functional.normalize(pixels.to(device, non_blocking=True) / 255, MEAN, STD)
@@ -1009,7 +1048,9 @@ def train(args: Args) -> dict:
             bar.update()
             if logs:
                 scale, feature = model.logit_scale.detach().exp(), collapse_metrics(h, center=True)
-                ours = clip_metrics(z[:, 0], z[:, 1], ids, scale)
+                ours = clip_metrics(z[:, 0].detach(), z[:, 1].detach(), ids, scale)
+                ours["image_spread"] = collapse_metrics(z[:, 0])["spread"]
+                ours["text_spread"] = collapse_metrics(z[:, 1])["spread"]
                 chance = ours.pop("chance")
                 by_chance = ours["accuracy"] < 2 / math.exp(chance) and ours["gap"] < 0.01 * chance
                 problems = {
@@ -1044,13 +1085,12 @@ def train(args: Args) -> dict:
                 save_checkpoint(run / "checkpoint.pt", **state, logged=os.path.getsize(run / "metrics.jsonl"))
             asked = time.perf_counter()
         if rank == 0:
-            count = min(len(test.items), 1000) if known else len(test.items)
-            results, page = zero_shot(model, test, count, args, device, amp)
+            results, page = zero_shot(model, test, order, args, device, amp)
             v2.functional.to_pil_image(page).save(run / "captions.png")
             board.add_image("captions", page, step)
             for name, value in results.items():
                 board.add_scalar(f"eval/{name}", value, step)
-            results |= {"pairs": unseen or f"{args.data}{', training pairs' if known else ''}"}
+            results["pairs"] = test.found
             (run / "eval-zero-shot.json").write_text(json.dumps(results, indent=1))
     except (KeyboardInterrupt, OSError) as error:  # a worker's error comes behind its traceback
         reason = (str(error) or "interrupted").splitlines()[-1]

@@ -25,6 +25,7 @@ from torchvision.transforms.functional import pil_to_tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import beit  # noqa: E402
 import byol  # noqa: E402
+import clip  # noqa: E402
 import dino  # noqa: E402
 import mae  # noqa: E402
 import moco  # noqa: E402
@@ -239,6 +240,37 @@ def beit_step(batch_size, rounds, image_size=32, patch_size=4, tokens=512):
     show(title, contestants, batch_size, rounds)
 
 
+def clip_step(batch_size, rounds, context=40):
+    """Both with the same towers and texts of 40 bytes."""
+    import open_clip
+
+    vision = {"layers": 6, "width": 128, "head_width": 64, "patch_size": 8, "image_size": 32}
+    text = {"context_length": context, "vocab_size": 259, "width": 128, "heads": 2, "layers": 4}
+    ours = clip.CLIP("vit_nano", 32, 8, 128, (128, 4, 259, context))
+    theirs, their_loss = open_clip.model.CLIP(128, vision, text, quick_gelu=True), open_clip.ClipLoss()
+    images, ids = torch.randn(batch_size, 3, 32, 32), torch.randint(1, 257, (batch_size, context))
+    ids[:, -1] = 258
+
+    def stepper(model, loss_of):
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+
+        def step():
+            optimizer.zero_grad()
+            loss_of(model(images, ids)).backward()
+            optimizer.step()
+
+        return step
+
+    def our_loss(out):
+        return clip.clip_loss(*out[:2], ours.logit_scale.exp())
+
+    contestants = {
+        "ours": stepper(ours, our_loss),
+        "open_clip": stepper(theirs, lambda out: their_loss(*out)),
+    }
+    show(f"CLIP step, vit_nano, 32 px, patch 8, batch {batch_size}", contestants, batch_size, rounds)
+
+
 def dino_step(batch_size, rounds):
     """Both with their own loop's order: teacher, student, loss, centre, gradients, AdamW, moving average."""
     import timm
@@ -415,8 +447,8 @@ def byol_step(batch_size, rounds):
 
 
 def main(rounds: int = 9, data: str = "", batch_size: int = 256, count: int = 128, only: str = ""):
-    """Compare with lightly, transformers; --data: a folder of photos (default: the built-in images), --count
-    of them; --only simclr, moco, byol, dino, mae or beit."""
+    """Compare with the peers; --data: a folder of photos (default: the built-in images), --count
+    of them; --only simclr, moco, byol, dino, mae, beit or clip."""
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {rounds} rounds, medians")
@@ -434,6 +466,8 @@ def main(rounds: int = 9, data: str = "", batch_size: int = 256, count: int = 12
         beit_step(batch_size // 2, rounds)
     if only in ("", "dino"):
         dino_step(batch_size // 4, rounds)
+    if only in ("", "clip"):
+        clip_step(batch_size, rounds)
 
 
 if __name__ == "__main__":

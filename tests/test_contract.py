@@ -155,9 +155,11 @@ def difficult_files(root):
     rng = random.Random(0)
     blocks = Image.frombytes("RGB", (8, 6), rng.randbytes(8 * 6 * 3))
     photo = blocks.resize((64, 48), Image.BICUBIC)
-    root.mkdir()
+    (root / "plain").mkdir(parents=True)  # two folders: clip.py takes them for classes
     for i in range(24):
-        photo.rotate(15 * i).save(root / f"plain{i:02d}.JPG")
+        photo.rotate(15 * i).save(root / f"plain/{i:02d}.JPG")
+    root = root / "odd"
+    root.mkdir()
     upright = Image.new("RGB", (48, 64), (0, 0, 255))
     upright.paste((255, 0, 0), (0, 0, 48, 32))  # red above blue
     exif = Image.Exif()
@@ -188,7 +190,7 @@ def test_difficult_files_train_and_bad_ones_are_named(module, tmp_path, script):
     assert done.returncode == 0, done.stderr
     assert "37 images" in done.stdout and "1 other files ignored" in done.stdout
     for name in ("truncated.jpg", "zero.jpg", "text.png"):
-        assert re.search(rf"files/{name} cannot be read", done.stderr), done.stderr
+        assert re.search(rf"files/odd/{name} cannot be read", done.stderr), done.stderr
     assert done.stderr.count("cannot be read") == 3
 
 
@@ -198,7 +200,7 @@ def test_good_files_are_read_right(module, tmp_path):
 
     def read(name, size=32):
         return torchvision.transforms.functional.pil_to_tensor(
-            module.read_image(f"files/{name}", size, 0.08)
+            module.read_image(f"files/odd/{name}", size, 0.08)
         ).float()
 
     expected = torchvision.transforms.functional.pil_to_tensor(photo).float()
@@ -256,9 +258,9 @@ def test_crops_depend_on_seed_epoch_and_index_alone(module, folder):
 
 @pytest.mark.shared
 def test_a_hundred_bad_files_in_a_row_are_an_error(module, tmp_path, script):
-    (tmp_path / "bad").mkdir()
     for i in range(110):
-        (tmp_path / "bad" / f"{i:03d}.jpg").write_text("no image")
+        (tmp_path / f"bad/{i // 60}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"bad/{i // 60}/{i:03d}.jpg").write_text("no image")
     for workers in (0, 1):
         done = run(command_line(script, data="bad", workers=workers, run_dir=f"run{workers}"))
         assert done.returncode != 0 and "Traceback" not in done.stderr
@@ -267,8 +269,14 @@ def test_a_hundred_bad_files_in_a_row_are_an_error(module, tmp_path, script):
 
 @pytest.mark.shared
 def test_data_sets_of_torchvision(module, monkeypatch):
-    pictures = [(Image.new("L", (20, 20), 10 * i), 0) for i in range(16)]
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda root, download: pictures)
+    class Set(list):
+        classes, targets = ["fox", "owl"], [0, 1] * 8
+
+        def __init__(self, items, download=True, train=True):
+            super().__init__(pictures)
+
+    pictures = [(Image.new("L", (20, 20), 10 * i), i % 2) for i in range(16)]
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Set)
     metrics = module.train(tiny_args(module.__name__, data="CIFAR10", epochs=1, run_dir="run"))
     assert math.isfinite(metrics["train/loss"])
 
