@@ -763,7 +763,7 @@ class Pairs(Images):
 
     def of_demo(self, data, test):
         if test:
-            self.items = [demo_image(10**6 + index) for index in range(2048)]
+            self.items, self.found = [demo_image(10**6 + index) for index in range(2048)], "2048 other images"
         ways = itertools.product(("big", "small"), ("left", "right"), ("by day", "at dusk"))
         self.templates = [f"a {size} {{}} on the {side} {time}" for size, side, time in ways]
         self.classes, self.labels = [*WORLD], [label for _, label, _ in self.items]

@@ -291,7 +291,8 @@ HEADS = {"vit_nano": 4, "vit_tiny": 3, "vit_small": 6, "vit_base": 12, "vit_larg
 class ViT(nn.Module):
     """Vision transformer with the parts in `shapes`, {name in timm: shape}; images (B, 3, H, W) -> feature
     (B, D): cls, mean (of patch tokens) or both, normed, of each of the blocks `layers`, side by side.
-    offset: of resize_positions; xavier: initialised as MAE. Uses ViTBlock, resize_positions."""
+    offset: of resize_positions; xavier: initialised as MAE; None: as CLIP, mostly by PyTorch. Uses ViTBlock,
+    resize_positions."""
 
     def __init__(self, shapes, heads, feature, layers, offset=0.0, eps=1e-6, quick_gelu=False, xavier=False):
         super().__init__()
@@ -299,7 +300,8 @@ class ViT(nn.Module):
         conv = nn.Conv2d(3, dim, patch, patch, bias="patch_embed.proj.bias" in shapes)
         self.patch_embed = nn.Sequential(OrderedDict(proj=conv))
         for name in (name for name in ("cls_token", "reg_token", "pos_embed") if name in shapes):
-            self.register_parameter(name, nn.Parameter(0.02 * torch.randn(shapes[name])))
+            std = dim**-0.5 if xavier is None else 0.02
+            self.register_parameter(name, nn.Parameter(std * torch.randn(shapes[name])))
         if "norm_pre.weight" in shapes:
             self.norm_pre = nn.LayerNorm(dim, eps=eps)
         blocks = {}
@@ -318,7 +320,9 @@ class ViT(nn.Module):
         self.dim = dim * len(self.layers) * (2 if feature == "both" else 1)
         if xavier:
             nn.init.xavier_uniform_(conv.weight.view(dim, -1))
-        for layer in (layer for layer in self.modules() if isinstance(layer, nn.Linear)):
+        for layer in self.modules() if xavier is not None else ():
+            if not isinstance(layer, nn.Linear):
+                continue
             nn.init.xavier_uniform_(layer.weight) if xavier else nn.init.normal_(layer.weight, std=0.02)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
@@ -455,6 +459,7 @@ def load_backbone(path, seed=0, side=0, feature="auto", layers=(-1,), mode="line
             options["feature"] = ("mean" if means else "cls") if feature == "auto" else feature
             options["heads"] = options.get("heads") or HEADS[state["arch"]]
             fixed = options.pop("fixed_positions", False)
+            options["xavier"] = None if method == "clip" else options.get("xavier", False)
             net = ViT(shapes, layers=layers, **options)
             dim = net.dim
             if fixed:  # a part of the network, not of what it has learnt

@@ -24,7 +24,7 @@ LINES |= {
     "byol": 622,
     "moco": 653,
     "dino": 791,
-    "eval_linear": 955,
+    "eval_linear": 960,
 }
 PACKAGES = {"torch", "torchvision", "einops", "tyro", "tensorboard", "tqdm"}
 PUBLIC = {  # DESIGN section 7
