@@ -80,9 +80,7 @@ class Args:
     data: str = "demo"  # demo, a folder of images in any layout, or a torchvision data set such as CIFAR10
     val_data: str = ""  # pairs to measure at the end, as --data; default: its val/ or test/, or some of it
     image_size: int = 32  # side of a view in pixels (paper: 224)
-    min_scale: float = (
-        0.9  # smallest area of a crop as a share of the image (paper: not given; open_clip: 0.9)
-    )
+    min_scale: float = 0.9  # smallest area of a crop as a share of the image (paper: unsaid)
     flip: bool = False  # mirror half of the images; not where captions say left or right (paper: off)
     templates: tuple[str, ...] = TEMPLATES  # texts for the name {} of a class (paper: 80 of its own)
     bpe_path: str = ""  # the official bpe_simple_vocab_16e6.txt.gz; default: bytes are the tokens
