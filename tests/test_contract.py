@@ -548,6 +548,7 @@ SAFEGUARDS = {
     "dino": [({"centering": False, "momentum": 0.9}, "one-hot"), ({"sharpening": False}, "uniform")],
     "mae": [(random_targets, "predicts the mean")],
     "moco": [({"negatives": False}, "directions|one way")],
+    "moco_v3": [({"negatives": False}, "directions|one way")],
     "pretext": [(random_turns, "it learns nothing")],
     "simclr": [({"negatives": False}, "directions|one way")],
 }
@@ -729,6 +730,7 @@ def test_starts_from_a_backbone(module, folder, tmp_path, capsys, monkeypatch):
     assert re.search(rf"--init {re.escape(str(path))}: new are \w+", capsys.readouterr().out)
     assert json.loads((tmp_path / "b/args.json").read_text())["init"] == str(path)
     encoders = {"", "backbone.", "encoder_q.", "encoder_k.", "online.backbone.", "target.backbone."}
+    encoders |= {"base_encoder.", "momentum_encoder."}
     for name, tensor in saved["state_dict"].items():
         ours = [start[encoder + name] for encoder in encoders if encoder + name in start]
         assert ours and all(torch.equal(start, tensor) for start in ours), name
