@@ -22,9 +22,10 @@ ResNet: torchrun --nproc-per-node 16 moco_v3.py --data imagenet/ --image-size 22
             --zero-init --min-scale 0.2 --blurs 1 0.1 --temperature 1 --hidden-dim 4096 --epochs 100 \
             --batch-size 4096 --base-lr 0.6 --weight-decay 1e-6 --warmup-epochs 10 --workers 10
 
-Differs from the official code: TODO. Several processes
-give the loss and gradient of one, but for BatchNorm: synchronised on GPUs, as in the paper, each process's
-own on CPUs.
+Differs from the official code: no ViTs with convolutional stems; antialiased bicubic crops; one order of
+colours a batch, not an image; the flip comes first; a true Gaussian blur, cut at 5 pixels; bfloat16 on GPUs
+that have it; an image of another size gets interpolated positions. Several processes give the loss and
+gradient of one, but for BatchNorm: synchronised on GPUs, as in the paper, each process's own on CPUs.
 """
 
 import copy
@@ -72,7 +73,7 @@ class Args:
     blurs: Pair = (0.0, 0.0)  # probability of Gaussian blur of the first, the second view (paper: 1 0.1)
     solarize: float = 0.2  # probability of solarization (paper: 0.2, of the second view)
     workers: int = 2  # processes that read images, for each training process
-    arch: Vit | ResNet = "vit_nano"  # encoder; ViTs by AdamW, ResNets by LARS (paper: vit_base, resnet50)
+    arch: Vit | ResNet = "vit_nano"  # ResNets: LARS, --base-lr 0.3 (paper: vit_base, resnet50)
     stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3, stride 1, no max-pool; 10 x the work
     zero_init: bool = False  # residual branches start at 0; slower on small images (paper: its code on)
     freeze_patch_embed: bool = True  # the patch projection stays as drawn (paper: on, off is less stable)
@@ -706,7 +707,7 @@ def train(args: Args) -> dict:
                 problems = {
                     "all z point one way; lower --base-lr": projection["spread"] < 0.01,
                     f"z fills {rank_z:.1f} directions; keep the negatives, lower --base-lr": low,
-                    "positives are found by chance; lower --base-lr, raise --warmup-epochs": chance,
+                    "positives are found by chance; keep the negatives, lower --base-lr": chance,
                 }
                 now, armed_after = time.perf_counter(), max(min(500, 0.2 * total), warmup)
                 metrics = {"train/loss": mean, "train/lr": group["lr"], "train/grad_norm": grad_norm.item()}

@@ -548,7 +548,8 @@ SAFEGUARDS = {
     "dino": [({"centering": False, "momentum": 0.9}, "one-hot"), ({"sharpening": False}, "uniform")],
     "mae": [(random_targets, "predicts the mean")],
     "moco": [({"negatives": False}, "directions|one way")],
-    "moco_v3": [({"negatives": False}, "directions|one way")],
+    # with its own momentum z falls from 85 directions to 7.6 in 150 steps
+    "moco_v3": [({"negatives": False, "momentum": 0.0}, "negatives")],
     "pretext": [(random_turns, "it learns nothing")],
     "simclr": [({"negatives": False}, "directions|one way")],
 }
@@ -567,6 +568,7 @@ FASTER = {
     "byol": {"base_lr": 0.08, "momentum": 0.9},  # for the constant to be found in 64 steps
     # the alarm is not armed while the prototypes are frozen; large patches take less time
     "dino": {"freeze_last_layer": 0, "patch_size": 16, "local_crops": 0},
+    "moco_v3": {"patch_size": 16},
     "pretext": {"base_lr": 0.06, "image_size": 24, "min_scale": 1.0, "log_every": 6, "warmup_epochs": 0.4},
     "mae": {"base_lr": 6e-3},  # to be away from predicting the mean when the alarm is armed
 }
