@@ -23,6 +23,7 @@ from moco_v3 import (
     cosine_schedule,
     ctr,
     key_logits,
+    mlp_head,
     resize_positions,
 )
 
@@ -139,23 +140,26 @@ def test_positions():
     assert positions[0, 1 + 14 * r + c, i::32].tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_initialisation():
+def test_initialisation(monkeypatch):
     torch.manual_seed(0)
-    model = MoCoV3("vit_small", hidden_dim=4096)
-    net, bounds = model.base_encoder, {"attn.qkv": 0.0883883, "attn.proj": 0.0883883}
+    assert moco_v3.MOCO_VITS["vit_small"] == (384, 12, 12)
+    for arch, sizes in {"vit_small": (384, 2, 12), "vit_base": (768, 0, 12)}.items():  # no need of all blocks
+        monkeypatch.setitem(moco_v3.MOCO_VITS, arch, sizes)
+    net, bounds = MoCoViT("vit_small"), {"attn.qkv": 0.0883883, "attn.proj": 0.0883883}
     bounds |= {"mlp.fc1": 0.0559017, "mlp.fc2": 0.0559017}
-    bounds = {f"blocks.3.{name}": bound for name, bound in bounds.items()} | {"patch_embed.proj": 0.0721688}
+    bounds = {f"blocks.1.{name}": bound for name, bound in bounds.items()} | {"patch_embed.proj": 0.0721688}
     for name, bound in bounds.items():
         layer = net.get_submodule(name)
         assert bound * 0.999 < layer.weight.abs().max() <= bound * 1.000001
         assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.01)
         assert layer.bias.eq(0).all()
-    for name, bound in {"0": 0.0510310, "3": 0.015625}.items():
-        assert bound * 0.999 < net.head.get_submodule(name).weight.abs().max() <= bound * 1.000001
     assert net.norm.weight.eq(1).all() and net.cls_token.std().item() == pytest.approx(1e-6, rel=0.15)
+    assert net.blocks[0].attn.heads == 12
     conv = MoCoViT("vit_base").patch_embed.proj.weight
     assert conv.abs().max().item() == pytest.approx(0.0625, rel=1e-3)
-    assert moco_v3.MOCO_VITS["vit_small"] == (384, 12, 12) and net.blocks[0].attn.heads == 12
+    head = mlp_head((384, 4096, 4096, 256))
+    for i, bound in {0: 0.0510310, 3: 0.015625}.items():
+        assert bound * 0.999 < head[i].weight.abs().max() <= bound * 1.000001
 
 
 def count(parameters, trained=False):
@@ -220,11 +224,6 @@ def test_official_files_load_strictly(arch, entries):
         model.load_state_dict(
             {k.removeprefix("module."): v for k, v in file.items()}, strict=True, assign=True
         )
-
-
-def nano(**options):
-    torch.manual_seed(0)
-    return MoCoV3("vit_nano", 32, 8, proj_dim=32, hidden_dim=64, **options)
 
 
 def test_vit_is_timm_s_also_at_another_size():
