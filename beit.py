@@ -568,7 +568,7 @@ def load_encoder(model, prefix, path, rank):
         fresh, wrong = model.load_state_dict({prefix + k: v for k, v in state.items()}, strict=False)
     except Exception as error:  # no such file, no backbone.pt, other shapes
         raise SystemExit(f"--init {path}: {' '.join(str(error).split())[:300]}")
-    heads = tuple(prefix + part for part in ("fc.", "decoder_", "mask_token", "lm_head.", "proj"))
+    heads = tuple(prefix + part for part in ("fc.", "head.", "decoder_", "mask_token", "lm_head.", "proj"))
     blocks = getattr(model.get_submodule(prefix.rstrip(".")), "blocks", None)
     if given and blocks and blocks[0].attn.heads != given:  # of the same shape, and another network
         wrong += [f"{given} heads"]

@@ -23,6 +23,7 @@ LINES |= {
     "mae": 627,
     "byol": 622,
     "moco": 653,
+    "moco_v3": 763,
     "dino": 791,
     "eval_linear": 960,
 }
@@ -36,6 +37,7 @@ PUBLIC = {  # DESIGN section 7
     "dino": "VisionTransformer DINOHead dino_loss update_center dino_schedule momentum_update",
     "mae": "MAE patchify unpatchify random_masking mae_loss",
     "moco": "MoCo info_nce enqueue momentum_update",
+    "moco_v3": "MoCoV3 MoCoViT ctr momentum_update LARS",
     "pretext": "rotate_batch jigsaw_permutations jigsaw_tiles rgb_to_lab lab_to_rgb ab_gamut",
 }
 every_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
