@@ -226,8 +226,8 @@ def draw_masks(crops, mine, grid, ratios, probability, seed):
 
 
 def hidden_patches(masks):
-    """Of masks (2 B, N): places of the hidden patches among all 2 B N (M,), and their weights in the iBOT loss
-    (M,), alike in a crop, 1 / 2 B together."""
+    """Of masks (2 B, N): places of the hidden patches among all 2 B N (M,), and their weights in the iBOT
+    loss (M,), alike in a crop, 1 / 2 B together."""
     places, counts = masks.flatten().nonzero()[:, 0], masks.sum(dim=1)
     return places, 1 / (counts[places // masks.shape[1]] * len(masks))
 
@@ -411,8 +411,8 @@ class DINOv2(nn.Module):
         self.ibot_head = DINOHead(*sizes) if args.ibot_weight and not args.shared_head else None
 
     def forward(self, crops, masks, hidden, local_crops=None):
-        """Global crops (2 B, 3, S, S), masks (2 B, N) or None, places of patches (M,), local crops (L B, 3, s,
-        s) -> [CLS] of global crops (2 B, D), logits (V B, K) of [CLS] of all, (M, K) of the patches."""
+        """Global crops (2 B, 3, S, S), masks (2 B, N) or None, places of patches (M,), local crops (L B, ...)
+        -> [CLS] of global crops (2 B, D), logits (V B, K) of [CLS] of all, (M, K) of the patches."""
         x = self.backbone(crops, masks)
         features, patches = x[:, 0], x[:, self.backbone.prefix :].flatten(0, 1)[hidden]
         cls_logits = patch_logits = None

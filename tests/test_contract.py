@@ -546,6 +546,7 @@ SAFEGUARDS = {
     "beit": [(one_code, "perplexity 1.0")],
     "byol": [({"predictor": False}, "projections"), ({"stop_gradient": False}, "projections")],
     "dino": [({"centering": False, "momentum": 0.9}, "one-hot"), ({"sharpening": False}, "uniform")],
+    "dinov2": [({"centering": False, "momentum": 0.9}, "one-hot"), ({"sharpening": False}, "uniform")],
     "mae": [(random_targets, "predicts the mean")],
     "moco": [({"negatives": False}, "directions|one way")],
     "pretext": [(random_turns, "it learns nothing")],
@@ -566,6 +567,7 @@ FASTER = {
     "byol": {"base_lr": 0.08, "momentum": 0.9},  # for the constant to be found in 64 steps
     # the alarm is not armed while the prototypes are frozen; large patches take less time
     "dino": {"freeze_last_layer": 0, "patch_size": 16, "local_crops": 0},
+    "dinov2": {"freeze_last_layer": 0, "patch_size": 16, "local_crops": 0},
     "pretext": {"base_lr": 0.06, "image_size": 24, "min_scale": 1.0, "log_every": 6, "warmup_epochs": 0.4},
     "mae": {"base_lr": 6e-3},  # to be away from predicting the mean when the alarm is armed
 }
