@@ -4,14 +4,14 @@
 # ///
 """DINOv2: learn features by saying what an average of oneself says, of other crops and of hidden patches.
 
-Paper: Oquab et al. 2023, arXiv 2304.07193, and registers, arXiv 2309.16588; where paper and official code
-differ, the code. A student and a teacher, its moving average, turn tokens into logits over K prototypes. The
-teacher sees two global crops of each of B images, the student them too, blocks of patches M_i of half of them
-hidden, and local crops. Of the targets q (teacher) and answers p (student), by [CLS] and by patch:
-  DINO  L_d = mean over pairs of crops u != v of  -sum q_u log p_v
-  iBOT  L_i = 1 / 2B  sum over crops i  1 / |M_i|  sum over j in M_i  -sum q_ij log p_ij
-  KoLeo L_k = -mean log |x_i - x_nearest|  of the student's [CLS] x, at length 1; summed over the two crops
-  L = L_d + L_i + 0.1 L_k,  p = softmax(s / T_s),  q = softmax((t - c) / T_t) or Sinkhorn-Knopp of t / T_t
+Paper: Oquab et al. 2023, arXiv 2304.07193; registers: 2309.16588; where paper and official code differ, the
+code. A student and a teacher, its moving average, turn tokens into logits s, t over K prototypes. The teacher
+sees two global crops of each of B images; the student sees them with blocks M_i of patches hidden in half of
+them, and local crops. p = softmax(s / T_s), q = softmax((t - c) / T_t), or Sinkhorn-Knopp of t / T_t:
+  DINO  L_d = mean over pairs of crops u != v of  -sum q_u log p_v,  by [CLS]
+  iBOT  L_i = 1 / 2B  sum over crops i  1 / |M_i|  sum over j in M_i  -sum q_ij log p_ij,  by patch
+  KoLeo L_k = -mean log |x_i - x_nearest|,  x = student's [CLS] at length 1, summed over the global crops
+  L = L_d + L_i + 0.1 L_k
 Centre c or Sinkhorn-Knopp keep one prototype from taking all, T_t below T_s keeps all from being alike.
 
 Demo:   python dinov2.py
@@ -24,15 +24,15 @@ Paper:  torchrun --nproc-per-node 32 dinov2.py --data imagenet/ --image-size 224
             --momentum 0.992 --layerwise-decay 0.9 --epochs 200 --batch-size 2048 --lr 5.657e-3 \
             --warmup-epochs 20 --workers 10
 
-The third is the official ViT-L/16 of ImageNet-1k alone; its 100 "epochs" of 1250 steps are 200 passes. Blur:
-the official code asks for 1, 0.1, 0.5 and hands 1 - p on as the chance to apply it, so 0, 0.9, 0.5 is what
-the published models saw, and what stands above on purpose; DINO's and BYOL's intent is 1 0.1 0.5.
+The last is the official ViT-L/16 of ImageNet-1k alone; its 100 "epochs" of 1250 steps are 200 passes.
+Blur: the official code writes 1, 0.1, 0.5 and applies it with chance 1 - p. So 0, 0.9, 0.5 is what the
+published models saw, and what is meant here by --crop-blurs 0 0.9 0.5; DINO's intent was 1 0.1 0.5.
 Differs from the official code: crops resized as uint8 tensors, of large JPEGs decoded at reduced size; one
-order of colours a batch; masks dealt out over the whole batch, not each process's, and a block may exceed
-half of an odd grid; the centre of patches is the mean over all processes' patches; the diagonal of KoLeo is
--2, for opposite pairs; Sinkhorn-Knopp in logarithms; bfloat16; the loss logged is the one optimised. Several
-processes give the loss, gradient and centres of one, but for KoLeo, within each process as in the code, and
-stochastic depth. Demo: T_t .02 and LayerScale larger, as short runs need.
+order of colours a batch; masks dealt out over the whole batch, not in each process, and a block may exceed
+half of an odd grid; the patches' centre is the mean over those of all processes; no point is its own nearest
+in KoLeo, if opposite to all; Sinkhorn-Knopp in logarithms; bfloat16; the losses logged are those optimised;
+--lr is not scaled by the batch. Demo: T_t .02, LayerScale .1, as short runs need. Several processes give the
+loss, gradient and centres of one, but for KoLeo, within each process as in the code, and stochastic depth.
 """
 
 import hashlib
@@ -79,10 +79,7 @@ class Args:
     crop_blurs: Triple = (0.0, 0.0, 0.0)  # chance of blur: first, second global, local (paper: 0 0.9 0.5)
     solarize: float = 0.2  # probability of solarization (paper: 0.2, of the second global crop)
     mask_probability: float = 0.5  # share of the global crops with hidden patches (paper: 0.5)
-    mask_ratios: Pair = (
-        0.1,
-        0.5,
-    )  # least and greatest share of their patches that is hidden (paper: 0.1 0.5)
+    mask_ratios: Pair = (0.1, 0.5)  # least and greatest share of them hidden in a crop (paper: the same)
     workers: int = 2  # processes that read images, for each training process
     arch: Arch = "vit_nano"  # encoder (paper: vit_small to vit_giant)
     ffn: Literal["mlp", "swiglu"] = "mlp"  # of a block (paper: swiglu for vit_giant, mlp for the others)
@@ -108,9 +105,7 @@ class Args:
     batch_size: int = 32  # images per step, of all processes together (paper: 2048 or 3072)
     lr: float = 1e-3  # learning rate (paper: sqrt(batch / 1024) times 4e-3 for ImageNet-1k, else 2e-4)
     layerwise_decay: float = 1.0  # learning rate of a block as a share of the next one's (paper: 0.9 or 1)
-    patch_embed_lr: float = (
-        0.2  # learning rate of the patch embedding as a share of what it were (paper: 0.2)
-    )
+    patch_embed_lr: float = 0.2  # factor of the patch embedding's learning rate (paper: 0.2)
     weight_decay: float = 0.04  # strength of weight decay (paper: 0.04, not on biases, norms, LayerScale)
     final_weight_decay: float = 0.4  # reached in a cosine (paper: 0.4, 0.2 for vit_giant)
     warmup_epochs: float = 1.0  # linear from 0 (paper: 10 or 80)
@@ -884,11 +879,8 @@ def train(args: Args) -> dict:
                 else:
                     targets[name] = teacher_targets(taught[name], centers[name], temp)
             if args.dino_weight:
-                cls_logits, q = (
-                    cls_logits.unflatten(0, (len(crops), -1)),
-                    targets["cls"].unflatten(0, (2, -1)),
-                )
-                losses["local"], losses["global"] = dino_losses(cls_logits, q, args.student_temp)
+                of_crops = cls_logits.unflatten(0, (len(crops), -1)), targets["cls"].unflatten(0, (2, -1))
+                losses["local"], losses["global"] = dino_losses(*of_crops, args.student_temp)
             if args.ibot_weight:
                 losses["ibot"] = ibot_loss(patch_logits, targets["patch"], patch_weights, args.student_temp)
             if args.koleo_weight:
