@@ -1,0 +1,984 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.5", "torchvision>=0.20", "einops", "tyro", "tensorboard", "tqdm"]
+# ///
+"""DINOv2: learn features by saying what an average of oneself says, of other crops and of hidden patches.
+
+Paper: Oquab et al. 2023, arXiv 2304.07193; registers: 2309.16588; where paper and official code differ, the
+code. A student and a teacher, its moving average, turn tokens into logits s, t over K prototypes. The teacher
+sees two global crops of each of B images; the student sees them with blocks M_i of patches hidden in half of
+them, and local crops. p = softmax(s / T_s), q = softmax((t - c) / T_t), or Sinkhorn-Knopp of t / T_t:
+  DINO  L_d = mean over pairs of crops u != v of  -sum q_u log p_v,  by [CLS]
+  iBOT  L_i = 1 / 2B  sum over crops i  1 / |M_i|  sum over j in M_i  -sum q_ij log p_ij,  by patch
+  KoLeo L_k = -mean log |x_i - x_nearest|,  x = student's [CLS] at length 1, summed over the global crops
+  L = L_d + L_i + 0.1 L_k
+Centre c or Sinkhorn-Knopp keep one prototype from taking all, T_t below T_s keeps all from being alike.
+
+Demo:   python dinov2.py
+Photos: python dinov2.py --data photos/ --image-size 96 --local-size 48 --patch-size 8 --arch vit_tiny \
+            --epochs 200 --batch-size 256 --lr 1e-3 --warmup-epochs 10 --momentum 0.996 --workers 8
+Paper:  torchrun --nproc-per-node 32 dinov2.py --data imagenet/ --image-size 224 --local-size 96 \
+            --local-crops 8 --min-scale 0.32 --local-min-scale 0.05 --crop-blurs 0 0.9 0.5 --patch-size 16 \
+            --arch vit_large --layer-scale 1e-5 --drop-path-rate 0.3 --head-dim 2048 --out-dim 65536 \
+            --shared-head --teacher-temp 0.07 --warmup-teacher-temp-epochs 60 --freeze-last-layer 2 \
+            --momentum 0.992 --layerwise-decay 0.9 --epochs 200 --batch-size 2048 --lr 5.657e-3 \
+            --warmup-epochs 20 --workers 10
+
+The last is the official ViT-L/16 of ImageNet-1k alone; its 100 "epochs" of 1250 steps are 200 passes.
+Blur: the official code writes 1, 0.1, 0.5 and applies it with chance 1 - p. So 0, 0.9, 0.5 is what the
+published models saw, and what is meant here by --crop-blurs 0 0.9 0.5; DINO's intent was 1 0.1 0.5.
+Differs from the official code: crops resized as uint8 tensors, of large JPEGs decoded at reduced size; one
+order of colours a batch; masks dealt out over the whole batch, not in each process, and a block may exceed
+half of an odd grid; the patches' centre is the mean over those of all processes; no point is its own nearest
+in KoLeo, if opposite to all; Sinkhorn-Knopp in logarithms; bfloat16; the losses logged are those optimised;
+--lr is not scaled by the batch. Demo: T_t .02, LayerScale .1, as short runs need. Several processes give the
+loss, gradient and centres of one, but for KoLeo, within each process as in the code, and stochastic depth.
+"""
+
+import hashlib
+import json
+import math
+import os
+import random
+import time
+import warnings
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+import tyro
+from einops import rearrange
+from PIL import Image, ImageOps
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+# --- Args ---------------------------------------------------------------------------------------------------
+Arch = Literal["vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant"]
+Pair, Triple, Quadruple = tuple[float, float], tuple[float, float, float], tuple[float, float, float, float]
+
+
+@dataclass
+class Args:
+    data: str = "demo"  # demo, a folder of images in any layout, or a torchvision data set such as CIFAR10
+    image_size: int = 32  # side of a view in pixels (paper: 224)
+    local_size: int = 16  # side of a local crop in pixels (paper: 96, 98 for patches of 14)
+    local_crops: int = 2  # local crops of an image (paper: 8)
+    patch_size: int = 8  # side of a patch in pixels (paper: 14 or 16)
+    min_scale: float = 0.4  # smallest area of a crop as a share of the image (paper: 0.32, global crops)
+    local_min_scale: float = 0.15  # that of the local crops, which reach from it to min_scale (paper: 0.05)
+    jitter: Quadruple = (0.4, 0.4, 0.2, 0.1)  # of brightness, contrast, saturation, hue (paper: the same)
+    crop_blurs: Triple = (0.0, 0.0, 0.0)  # chance of blur: first, second global, local (paper: 0 0.9 0.5)
+    solarize: float = 0.2  # probability of solarization (paper: 0.2, of the second global crop)
+    mask_probability: float = 0.5  # share of the global crops with hidden patches (paper: 0.5)
+    mask_ratios: Pair = (0.1, 0.5)  # least and greatest share of them hidden in a crop (paper: the same)
+    workers: int = 2  # processes that read images, for each training process
+    arch: Arch = "vit_nano"  # encoder (paper: vit_small to vit_giant)
+    ffn: Literal["mlp", "swiglu"] = "mlp"  # of a block (paper: swiglu for vit_giant, mlp for the others)
+    registers: int = 0  # tokens that stand for nothing, beside [CLS] (2309.16588: 4)
+    layer_scale: float = 0.1  # start of LayerScale, 0: none (paper: 1e-5)
+    drop_path_rate: float = 0.0  # share of a batch that skips a branch, in all blocks (paper: 0.3 or 0.4)
+    head_dim: int = 512  # width of the head's hidden layers (paper: 2048)
+    bottleneck_dim: int = 256  # width of the head's last but one layer (paper: 256, 384 for vit_giant)
+    out_dim: int = 1024  # K, number of prototypes (paper: 65536, vit_giant 131072)
+    shared_head: bool = False  # one head for [CLS] and patches (paper: off, on for ImageNet-1k alone)
+    dino_weight: float = 1.0  # of the loss of crops; each weight may be 0 (paper: 1)
+    ibot_weight: float = 1.0  # of the loss of hidden patches (paper: 1)
+    koleo_weight: float = 0.1  # of the loss that keeps nearest neighbours apart (paper: 0.1)
+    sinkhorn: bool = False  # Sinkhorn-Knopp in place of the centre (paper: on, off for ImageNet-1k alone)
+    teacher_temp: float = 0.02  # T_t; lower it where the teacher stays uniform (paper: 0.07)
+    warmup_teacher_temp: float = 0.04  # T_t at the start of its warm-up (paper: 0.04)
+    warmup_teacher_temp_epochs: int = 0  # epochs from it to --teacher-temp, in even steps (paper: 30)
+    student_temp: float = 0.1  # T_s (paper: 0.1)
+    momentum: float = 0.99  # of the moving average (paper: 0.992 or 0.994, rising to 1 in a cosine as here)
+    centering: bool = True  # without, the teacher names one prototype for all: watch it with --momentum 0.9
+    sharpening: bool = True  # without, T_t is T_s, and the teacher likes all prototypes alike: watch it
+    epochs: int = 8  # passes over the data (paper: 100 or 500 times 1250 steps)
+    batch_size: int = 32  # images per step, of all processes together (paper: 2048 or 3072)
+    lr: float = 1e-3  # learning rate (paper: sqrt(batch / 1024) times 4e-3 for ImageNet-1k, else 2e-4)
+    layerwise_decay: float = 1.0  # learning rate of a block as a share of the next one's (paper: 0.9 or 1)
+    patch_embed_lr: float = 0.2  # factor of the patch embedding's learning rate (paper: 0.2)
+    weight_decay: float = 0.04  # strength of weight decay (paper: 0.04, not on biases, norms, LayerScale)
+    final_weight_decay: float = 0.4  # reached in a cosine (paper: 0.4, 0.2 for vit_giant)
+    warmup_epochs: float = 1.0  # linear from 0 (paper: 10 or 80)
+    freeze_last_layer: int = 1  # epochs in which the prototypes stay as they are (paper: 1)
+    clip_norm: float = 3.0  # largest norm of the gradient of the backbone, and of each head (paper: 3)
+    init: str = ""  # backbone.pt that the encoder starts from, of convert.py or an earlier run
+    seed: int = 0  # of all random numbers
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on cuda, off elsewhere
+    compile: bool = False  # torch.compile the model
+    run_dir: str = ""  # default: runs/METHOD, and a hash of the flags that differ from the defaults
+    restart: bool = False  # begin anew in a run folder that is in use
+    log_every: int = 10  # steps
+    checkpoint_every: int = 100  # steps
+    picture_every: int = 500  # steps
+
+
+# --- Augmentation -------------------------------------------------------------------------------------------
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def random_crop(size, min_scale, max_scale=1.0):
+    """In the worker: random resized crop and flip of a uint8 image (C, H, W) -> (C, size, size)."""
+    crop = v2.RandomResizedCrop(size, (min_scale, max_scale), interpolation=v2.InterpolationMode.BICUBIC)
+    return v2.Compose([crop, v2.RandomHorizontalFlip()])
+
+
+def draw_numbers(shape, jitter, blur, solarize, generator, chance=0.8):
+    """Random numbers of augment for `shape` images, (*shape, 7), and its order of colours: factor of
+    brightness, contrast, saturation; turns of hue; gray 0 or 1; sigma of blur, 0: none; solarize 0 or 1.
+    jitter: strength of the first four, applied by chance; blur, solarize: probability, one or one a view."""
+    u, neutral = torch.rand((*shape, 9), generator=generator), torch.tensor([1.0, 1, 1, 0])
+    low, high = (neutral - torch.tensor(jitter)).clamp(min=neutral - 1), neutral + torch.tensor(jitter)
+    factors = torch.where(u[..., 4:5] < chance, torch.lerp(low, high, u[..., :4]), neutral)
+    sigma = torch.where(u[..., 5] < torch.tensor(blur), 0.1 + 1.9 * u[..., 6], 0.0)
+    others = torch.stack([u[..., 7] < 0.2, sigma, u[..., 8] < torch.tensor(solarize)], dim=-1)
+    numbers = torch.cat([factors, others], dim=-1)
+    return numbers, [*torch.randperm(4, generator=generator).tolist(), 4]
+
+
+def shift_hue(images, turns):
+    """Turn the hue of RGB images in [0, 1] by turns (B, 1, 1, 1), as a round trip through HSV would."""
+    red, green, blue = images.split(1, dim=1)
+    value = images.amax(dim=1, keepdim=True)
+    chroma = value - images.amin(dim=1, keepdim=True)
+    sixths = torch.where(value == green, 2 * chroma + blue - red, 4 * chroma + red - green)
+    sixths = torch.where(value == red, green - blue, sixths) / chroma.clamp(min=1e-8)
+    k = (torch.arange(5, 0, -2, device=images.device).view(3, 1, 1) + sixths + 6 * turns) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def gaussian_blur(images, sigma, radius):
+    """Blur with a sigma (B, 1, 1, 1) per image, 0: not at all, and a kernel of 2 radius + 1 pixels."""
+    offsets = torch.arange(-radius, radius + 1, device=images.device)
+    kernel = torch.softmax(-0.5 * (offsets / sigma.clamp(min=1e-3)) ** 2, dim=-1).repeat_interleave(3, dim=0)
+    x = images.flatten(0, 1)[None]  # (1, 3 B, H, W): each channel of each image is a group
+    x = F.conv2d(F.pad(x, (radius, radius, 0, 0), mode="reflect"), kernel, groups=len(kernel))
+    x = F.conv2d(F.pad(x, (0, 0, radius, radius), mode="reflect"), kernel.mT, groups=len(kernel))
+    return x.view_as(images)
+
+
+def augment(images, numbers, order, blur_radius):
+    """On the device: uint8 (B, 3, H, W) -> normalised, each image by its numbers (B, 7) of draw_numbers; with
+    the results of torchvision's adjust_* functions. Uses shift_hue, gaussian_blur."""
+    x = images.float() / 255
+    gray_of = v2.functional.rgb_to_grayscale
+    brightness, contrast, saturation, hue, gray, sigma, solarize = numbers.view(-1, 7, 1, 1, 1).unbind(1)
+    operations = (
+        lambda x: x * brightness,
+        lambda x: torch.lerp(gray_of(x).mean(dim=(2, 3), keepdim=True), x, contrast),
+        lambda x: torch.lerp(gray_of(x), x, saturation),
+        lambda x: shift_hue(x, hue),
+        lambda x: torch.where(gray > 0, gray_of(x), x),
+    )
+    for i in order:
+        x = operations[i](x).clamp(0, 1)
+    if blur_radius:
+        x = gaussian_blur(x, sigma, blur_radius)
+    x = torch.where((solarize > 0) & (x >= 0.5), 1 - x, x)
+    return torch.stack([(x[:, c] - MEAN[c]) / STD[c] for c in range(3)], dim=1)
+
+
+def block_mask(grid, num_masked, rng, min_block=16):
+    """Blockwise mask (Algorithm 1, as in masking_generator.py): bool (H, W) with at most num_masked True, in
+    blocks of min_block patches or more, as far as there is room. rng: random.Random."""
+    (height, width), mask, count = grid, torch.zeros(grid, dtype=torch.bool), 0
+    while count < num_masked:
+        most = num_masked - count
+        for _ in range(10):
+            area, aspect = rng.uniform(min_block, most), math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
+            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if h < height and w < width:
+                top, left = rng.randint(0, height - h), rng.randint(0, width - w)
+                block = mask[top : top + h, left : left + w]
+                if 0 < (new := block.numel() - block.sum().item()) <= most:
+                    block.fill_(True)
+                    count += new
+                    break
+        else:
+            break
+    return mask
+
+
+def draw_masks(crops, mine, grid, ratios, probability, seed):
+    """Masks (len(mine), N) of those of all `crops` that stand in `mine`: a random share `probability` of all
+    has int(N u) patches hidden, at most, each u from another of equal parts of `ratios`. Uses block_mask."""
+    rng, n = random.Random(seed), int(crops * probability)
+    parts = [ratios[0] + (ratios[1] - ratios[0]) * i / max(1, n) for i in range(n + 1)]
+    counts = [int(math.prod(grid) * rng.uniform(*part)) for part in pairwise(parts)] + [0] * (crops - n)
+    rng.shuffle(counts)
+    masks = [block_mask(grid, counts[i], random.Random(hash((seed, i))), min_block=4) for i in mine]
+    return torch.stack(masks).flatten(1)
+
+
+def hidden_patches(masks):
+    """Of masks (2 B, N): places of the hidden patches among all 2 B N (M,), and their weights in the iBOT
+    loss (M,), alike in a crop, 1 / 2 B together."""
+    places, counts = masks.flatten().nonzero()[:, 0], masks.sum(dim=1)
+    return places, 1 / (counts[places // masks.shape[1]] * len(masks))
+
+
+# --- Model --------------------------------------------------------------------------------------------------
+class Attention(nn.Module):
+    """Multi-head self-attention of tokens (B, N, D)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+
+
+class LayerScale(nn.Module):
+    """Tokens (..., D) times a learnt factor for each channel."""
+
+    def __init__(self, dim, start):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), start))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class SwiGLU(nn.Module):
+    """Tokens (..., D) -> (silu(x W1) * x W2) W3, with W1 and W2 in w12; as many weights as an MLP."""
+
+    def __init__(self, dim):
+        super().__init__()
+        hidden = (8 * dim // 3 + 7) // 8 * 8
+        self.w12, self.w3 = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        gate, x = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * x)
+
+
+def add_branch(x, branch, rate):
+    """x + branch(x) of x (B, N, D), by a random share 1 - rate of the B alone, times B over their number."""
+    if not rate:
+        return x + branch(x)
+    kept = torch.randperm(len(x), device=x.device)[: max(1, int(len(x) * (1 - rate)))]
+    return x.index_add(0, kept, branch(x[kept]).to(x.dtype), alpha=len(x) / len(kept))
+
+
+class DINOv2Block(nn.Module):
+    """Pre-norm block of tokens (B, N, D) with LayerScale, in timm's names; SwiGLU's are the official ones.
+    Uses Attention, LayerScale, SwiGLU, add_branch."""
+
+    def __init__(self, dim, heads, ffn="mlp", layer_scale=1e-5, drop_path_rate=0.0):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.attn, self.drop_path_rate = Attention(dim, heads), drop_path_rate
+        layers = OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim))
+        self.mlp = SwiGLU(dim) if ffn == "swiglu" else nn.Sequential(layers)
+        self.ls1, self.ls2 = (LayerScale(dim, layer_scale) if layer_scale else nn.Identity() for _ in "12")
+
+    def forward(self, x):
+        rate = self.drop_path_rate if self.training else 0.0
+        x = add_branch(x, lambda x: self.ls1(self.attn(self.norm1(x))), rate)
+        return add_branch(x, lambda x: self.ls2(self.mlp(self.norm2(x))), rate)
+
+
+VITS = {"vit_nano": (128, 6, 4), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6)}  # width, depth, heads
+VITS |= {"vit_base": (768, 12, 12), "vit_large": (1024, 24, 16), "vit_giant": (1536, 40, 24)}
+
+
+def resize_positions(pos_embed, height, width, offset=0.0, antialias=False):
+    """Positions (1, 1 + N, D) of [CLS] and a square grid -> of height x width, bicubic; equal ones stay. An
+    offset, 0.1 in DINO's official code, is added to the new sides and so shifts the grid a little."""
+    side = math.isqrt(pos_embed.shape[1] - 1)
+    if (side, side) == (height, width):
+        return pos_embed
+    grid = rearrange(pos_embed[:, 1:], "one (h w) d -> one d h w", h=side)
+    scale = ((height + offset) / side, (width + offset) / side)
+    new = {"scale_factor": scale} if offset else {"size": (height, width)}
+    grid = F.interpolate(grid, **new, mode="bicubic", align_corners=False, antialias=antialias)
+    return torch.cat([pos_embed[:, :1], rearrange(grid, "one d h w -> one (h w) d")], dim=1)
+
+
+def from_timm_names(vit, state, prefix, *_):
+    """Before loading: timm's names, of backbone.pt, become the official ones. timm adds the position of [CLS]
+    to [CLS] itself where there are registers: it is 0 then."""
+    if prefix + "reg_token" in state:
+        state[prefix + "register_tokens"] = state.pop(prefix + "reg_token")
+        state[prefix + "pos_embed"] = F.pad(state[prefix + "pos_embed"], (0, 0, 1, 0))
+    for name in [name for name in state if isinstance(vit.blocks[0].mlp, SwiGLU) and ".mlp.fc" in name]:
+        state[name.replace("fc1", "w12").replace("fc2", "w3")] = state.pop(name)
+
+
+def to_timm_names(state):
+    """The other way: weights of a DINOv2ViT as backbone.pt has them."""
+    names = {"register_tokens": "reg_token", ".w12.": ".fc1.", ".w3.": ".fc2."}
+    state = {k: v for k, v in state.items() if k != "mask_token"}
+    if "register_tokens" in state:
+        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+        state["pos_embed"] = state["pos_embed"][:, 1:]
+    for there, here in names.items():
+        state = {k.replace(there, here): v for k, v in state.items()}
+    return state
+
+
+class DINOv2ViT(nn.Module):
+    """Images (B, 3, H, W) of any size that patches divide -> tokens (B, 1 + R + N, D) after the norm: [CLS],
+    registers, patches, where masks (B, N) is True hidden. In the official names. block: for DINOv2Block.
+    Uses VITS, DINOv2Block, Attention, LayerScale, SwiGLU, add_branch, resize_positions, from_timm_names."""
+
+    def __init__(self, arch="vit_small", image_size=224, patch_size=14, registers=0, **block):
+        super().__init__()
+        dim, depth, heads = VITS[arch]
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
+        self.cls_token = nn.Parameter(1e-6 * torch.randn(1, 1, dim))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + (image_size // patch_size) ** 2, dim))
+        self.register_tokens = nn.Parameter(1e-6 * torch.randn(1, registers, dim)) if registers else None
+        self.mask_token = nn.Parameter(torch.zeros(1, dim))
+        self.blocks = nn.Sequential(*(DINOv2Block(dim, heads, **block) for _ in range(depth)))
+        self.norm, self.dim, self.prefix = nn.LayerNorm(dim, eps=1e-6), dim, 1 + registers
+        for layer in (layer for layer in self.modules() if isinstance(layer, nn.Linear)):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        self.register_load_state_dict_pre_hook(from_timm_names)
+
+    def forward(self, images, masks=None):
+        x = self.patch_embed(images)  # its weights and bias start as PyTorch's
+        resizing = (0.1, False) if self.register_tokens is None else (0.0, True)  # offset, antialias
+        pos_embed = resize_positions(self.pos_embed, *x.shape[2:], *resizing)
+        x = x.flatten(2).mT
+        if masks is not None:
+            x = torch.where(masks[:, :, None], self.mask_token.to(x.dtype), x)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + pos_embed
+        if self.register_tokens is not None:  # without positions
+            x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        return self.norm(self.blocks(x))
+
+
+class Prototypes(nn.Module):
+    """Linear layer (B, D) -> (B, K) without bias; its rows are weight_v, with length 1, times weight_g."""
+
+    def __init__(self, dim, out_dim, norm_last_layer=True):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not norm_last_layer)
+        self.weight_v = nn.Parameter(nn.Linear(dim, out_dim, bias=False).weight.detach())
+
+    def forward(self, x):
+        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
+
+
+class DINOHead(nn.Module):
+    """Features (B, in_dim) -> logits (B, out_dim), cosines with prototypes. Uses Prototypes."""
+
+    def __init__(self, in_dim, out_dim=65536, hidden_dim=2048, bottleneck_dim=256, norm_last_layer=True):
+        super().__init__()
+        widths, layers = (in_dim, hidden_dim, hidden_dim, bottleneck_dim), []
+        for left, right in pairwise(widths):
+            layers += [nn.Linear(left, right), nn.GELU()]
+            nn.init.normal_(layers[-2].weight, std=0.02)
+            nn.init.zeros_(layers[-2].bias)
+        self.mlp = nn.Sequential(*layers[:-1])
+        self.last_layer = Prototypes(bottleneck_dim, out_dim, norm_last_layer)
+
+    def forward(self, x):
+        return self.last_layer(F.normalize(self.mlp(x), dim=1))
+
+
+class DINOv2(nn.Module):
+    """Student or teacher of Args, in the official names; a head without a loss is None. Uses DINOv2ViT, VITS,
+    DINOv2Block, Attention, LayerScale, SwiGLU, add_branch, resize_positions, from_timm_names, DINOHead,
+    Prototypes."""
+
+    def __init__(self, args):
+        super().__init__()
+        block = dict(ffn=args.ffn, layer_scale=args.layer_scale, drop_path_rate=args.drop_path_rate)
+        self.backbone = DINOv2ViT(args.arch, args.image_size, args.patch_size, args.registers, **block)
+        sizes = self.backbone.dim, args.out_dim, args.head_dim, args.bottleneck_dim, False
+        self.dino_head = DINOHead(*sizes) if args.dino_weight or args.shared_head else None
+        self.ibot_head = DINOHead(*sizes) if args.ibot_weight and not args.shared_head else None
+
+    def forward(self, crops, masks, hidden, local_crops=None):
+        """Global crops (2 B, 3, S, S), masks (2 B, N) or None, places of patches (M,), local crops (L B, ...)
+        -> [CLS] of global crops (2 B, D), logits (V B, K) of [CLS] of all, (M, K) of the patches."""
+        x = self.backbone(crops, masks)
+        features, patches = x[:, 0], x[:, self.backbone.prefix :].flatten(0, 1)[hidden]
+        cls_logits = patch_logits = None
+        if self.dino_head is not None:
+            local = [self.backbone(local_crops)[:, 0]] if local_crops is not None else []
+            cls_logits = self.dino_head(torch.cat([features, *local]))
+        if (head := self.ibot_head or self.dino_head) is not None:
+            patch_logits = head(patches)
+        return features, cls_logits, patch_logits
+
+
+# --- Loss ---------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def teacher_targets(teacher_logits, center, teacher_temp):
+    """Targets q = softmax((t - c) / T_t) of teacher logits (..., K)."""
+    centered = teacher_logits.float() - center  # no prototype is ahead: against one-hot collapse
+    return torch.softmax(centered / teacher_temp, dim=-1)  # sharpened: against uniform collapse
+
+
+@torch.no_grad()
+def sinkhorn_knopp(teacher_logits, teacher_temp, iterations=3):
+    """Targets of teacher logits (R, K), R rows of each process: exp(t / T_t), scaled in turn to equal sums of
+    the prototypes, over the rows of all processes, and to sum 1 of each row (2006.09882). Uses gather."""
+    log_q = teacher_logits.float() / teacher_temp
+    for _ in range(iterations):  # in logarithms: exp() may overflow, and constant factors cancel
+        log_q = log_q - gather(log_q.logsumexp(dim=0)[None]).logsumexp(dim=0)
+        log_q = log_q.log_softmax(dim=1)
+    return log_q.exp()
+
+
+def dino_losses(student_logits, targets, student_temp):
+    """Cross-entropies of student logits (V, B, K) with targets (2, B, K) of crops 0 and 1: the sum over pairs
+    with a local crop, and over the two pairs of different global ones, each over the official number of
+    pairs 2 + max(2 L, 1): right for L local crops, and 3 where there are none."""
+    log_p = torch.log_softmax(student_logits.float() / student_temp, dim=-1)
+    pairs = -torch.einsum("ubk,vbk->uv", targets, log_p) / log_p.shape[1]
+    count = 2 + max(2 * (len(log_p) - 2), 1)
+    return pairs[:, 2:].sum() / count, (pairs[0, 1] + pairs[1, 0]) / count
+
+
+def ibot_loss(student_logits, targets, weights, student_temp):
+    """Weighted sum of the cross-entropies of student logits (M, K) of hidden patches with targets (M, K)."""
+    log_p = torch.log_softmax(student_logits.float() / student_temp, dim=-1)
+    return -(weights[:, None] * targets * log_p).sum()
+
+
+def koleo_loss(features):
+    """-mean log distance of each of features (B, D), at length 1, to the nearest other one of this process
+    (Kozachenko-Leonenko estimator of entropy; Sec. 4)."""
+    if len(features) < 2:
+        return 0.0 * features.sum()
+    x = F.normalize(features.float(), dim=1)
+    nearest = (x @ x.T).detach().fill_diagonal_(-2).argmax(dim=1)
+    return -(F.pairwise_distance(x, x[nearest], eps=1e-8) + 1e-8).log().mean()
+
+
+@torch.no_grad()
+def move_center(center, teacher_logits, m):
+    """c <- m c + (1 - m) mean of teacher logits (R, K), R rows of each process, in place. Uses gather."""
+    sums = F.pad(teacher_logits.float().sum(dim=0), (0, 1), value=len(teacher_logits))
+    sums = gather(sums[None]).sum(dim=0)
+    return center.lerp_((sums[:-1] / sums[-1].clamp(min=1)).expand_as(center), 1 - m)
+
+
+# --- Optimiser ----------------------------------------------------------------------------------------------
+def dino_schedule(step, total, warmup, base, final=0.0):
+    """cosine_schedule with the official warm-up: at base one step earlier. Uses cosine_schedule."""
+    if step < warmup:
+        return base * step / max(1, warmup - 1)
+    return cosine_schedule(step, total, warmup, base, final)
+
+
+def parameter_groups(model, layerwise_decay, patch_embed_lr):
+    """AdamW's groups, with lr_scale, d^(n + 1 - i) in layer i of n blocks, 0 what comes before them, and 1 in
+    the heads; decays, not biases, norms and LayerScale; last, the prototypes."""
+    depth, groups = len(model.backbone.blocks), {}
+    for name, p in model.named_parameters():
+        part, *words = name.split(".")
+        layer = depth + 1 if part != "backbone" or words[0] == "norm" else 0
+        layer = int(words[1]) + 1 if part == "backbone" and words[0] == "blocks" else layer
+        scale = layerwise_decay ** (depth + 1 - layer) * (patch_embed_lr if words[0] == "patch_embed" else 1)
+        decays = not name.endswith(".bias") and "norm" not in name and "gamma" not in name
+        groups.setdefault((scale, decays, "last_layer" in name), []).append(p)
+    names = "lr_scale", "decays", "last"
+    return [dict(zip(names, key, strict=True)) | {"params": groups[key]} for key in groups]
+
+
+@torch.no_grad()
+def momentum_update(encoder_q, encoder_k, m):
+    """k <- m k + (1 - m) q for all parameters of encoder_k (key, target, teacher), not for buffers."""
+    for q, k in zip(encoder_q.parameters(), encoder_k.parameters(), strict=True):
+        k.lerp_(q, 1 - m)
+
+
+# --- Monitor ------------------------------------------------------------------------------------------------
+def gather(rows):
+    """Rows (B, ...) of this process -> of all, by rank; with gradient, the sum of what all processes send."""
+    if not dist.is_initialized():
+        return rows
+    parts = [*rows.new_empty(dist.get_world_size(), *rows.shape)]
+    dist.all_gather(parts, rows.detach().contiguous())
+    parts[dist.get_rank()] = rows  # the only part with a way back
+    gathered = torch.cat(parts)
+    if gathered.requires_grad:
+        gathered.register_hook(lambda grad: (total := grad.clone(), dist.all_reduce(total))[0])
+    return gathered
+
+
+@torch.no_grad()
+def collapse_metrics(features, center=False):
+    """How much room features (B, D) take, of all processes together (all must call it). Uses gather.
+    feature_std: sqrt(D) x mean std of rows of length 1; 1 isotropic, 0 all alike. spread: 1 - |mean row|^2.
+    effective_rank: RankMe (arXiv 2210.02885), directions in use of min(rows, D); center departs, for h."""
+    z = gather(features.detach().float())
+    z = (z.cpu() if z.is_mps else z).double()
+    unit = F.normalize(z, dim=1)
+    std, spread = z.shape[1] ** 0.5 * unit.std(dim=0).mean(), 1 - unit.mean(dim=0).square().sum()
+    centered = z - z.mean(dim=0) if center else z
+    rank = torch.ones(())  # of nearly constant rows, whose rounding noise would have a high one
+    if centered.norm() > 1e-3 * z.norm():
+        gram = centered.T @ centered if len(z) > z.shape[1] else centered @ centered.T
+        sigma = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+        p = sigma / sigma.sum() + 1e-7
+        rank = torch.exp(-(p * p.log()).sum())
+    return {"feature_std": std.item(), "spread": spread.item(), "effective_rank": rank.item()}
+
+
+@torch.no_grad()
+def target_metrics(targets, weights, loss):
+    """Of targets (R, K), R rows of each process (all must call it), weights (R,) and weighted sum of losses:
+    entropy of a target; KL divergence, what the student does not know; information, entropy of the mean
+    target less that of one; number of prototypes that are some target's first. Uses gather."""
+    entropy = weights @ torch.special.entr(targets).sum(dim=1)
+    sums = torch.cat([torch.stack([weights.sum(), loss, entropy]), weights @ targets])
+    total, *sums = gather(sums[None]).sum(dim=0).split([1, 1, 1, targets.shape[1]])
+    loss, entropy, mean = (part / total.clamp(min=1e-12) for part in sums)
+    used = gather(torch.bincount(targets.argmax(dim=1), minlength=len(mean))[None]).sum(dim=0)
+    information = torch.special.entr(mean).sum() - entropy
+    values = {"teacher_entropy": entropy, "kl": loss - entropy, "information": information}
+    return {k: v.item() for k, v in values.items()} | {"prototypes_used": (used > 0).sum().item()}
+
+
+@torch.no_grad()
+def pca_picture(images, patches):
+    """Page (3, H, W) in [0, 1]: images (B, 3, H, W), and beside each the first three principal components of
+    the patch tokens (B, N, D) of all of them as red, green, blue."""
+    x = patches.float().flatten(0, 1)
+    axes = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False)[2][:3]
+    low, high = (colors := x @ axes.T).aminmax(dim=0)
+    colors = ((colors - low) / (high - low).clamp(min=1e-8)).unflatten(0, patches.shape[:2])
+    zoom = math.isqrt(images.shape[2] * images.shape[3] // patches.shape[1])
+    maps = rearrange(colors, "b (h w) c -> b c h w", h=images.shape[2] // zoom)
+    maps = maps.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    pixels = images * images.new_tensor(STD).view(3, 1, 1) + images.new_tensor(MEAN).view(3, 1, 1)
+    rows = torch.stack([pixels.clamp(0, 1), maps], dim=1).flatten(0, 1)
+    return torchvision.utils.make_grid(F.interpolate(rows, scale_factor=math.ceil(96 / images.shape[3])), 4)
+
+
+def collapse_alarm(state, step, armed_after, problems):
+    """1.0 from the third log point in a row with a problem, {words: holds}, printed once, to the third
+    without; counts after step armed_after. state: {} at first, kept in the checkpoint."""
+    if step > armed_after:
+        last = state["last"] = [*state.get("last", ()), any(problems.values())][-3:]
+        if last == [True] * 3 and not state.get("rings"):
+            tqdm.write(f"COLLAPSE at step {step}: " + " | ".join(w for w in problems if problems[w]))
+        state["rings"] = last == [True] * 3 or (state.get("rings", False) and last != [False] * 3)
+    return float(state.get("rings", False))
+
+
+# --- Plumbing -----------------------------------------------------------------------------------------------
+WORLD = dict(house=0x183C7EFFFF7E6666, tree=0x183C7E3C7EFF1818, car=0x3C2CFFFFFF6600, boat=0x101814161EFF7E3C)
+WORLD |= dict(cat=0x81C3FF99FF7E3C18, mushroom=0x3C7EFFFF18181C3C, cup=0x00FCFEFEFCFC7800)
+WORLD |= dict(key=0x1C22221C08180C08, bird=0x060FC67EFE7C1018, flower=0x185A3C185ADB7E18)  # 8 x 8 bitmaps
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+NOT_TRAINING = "workers device compile run_dir restart log_every checkpoint_every picture_every".split()
+
+
+def demo_image(index):
+    """Photo `index` of a small built-in world: 48 x 48 RGB, its class 0..9, its caption."""
+    rng = random.Random(index)
+    label, scale, light = rng.randrange(10), rng.uniform(0.35, 0.9), rng.uniform(0.35, 1.0)
+    name, bitmap = list(WORLD.items())[label]
+    thing = Image.frombytes("1", (8, 8), bitmap.to_bytes(8, "big")).convert("L")
+    thing = thing.resize((round(48 * scale),) * 2, Image.BICUBIC)
+    thing = thing.rotate(rng.uniform(-25, 25), Image.BICUBIC, expand=True)
+    x, y = (rng.randint(*sorted((0, 48 - side))) for side in thing.size)
+    image = Image.new("RGB", (48, 48), (180, 205, 235))
+    image.paste(((140, 70, 50), (50, 105, 60), (95, 75, 150))[label % 3], (x, y), thing)
+    image = Image.blend(Image.new("RGB", (48, 48)), image, light)
+    noise = Image.frombytes("L", (48, 48), rng.randbytes(48 * 48)).convert("RGB")
+    size, side = "big" if scale > 0.625 else "small", "left" if x + thing.width / 2 < 24 else "right"
+    caption = f"a {size} {name} on the {side} {'by day' if light > 0.675 else 'at dusk'}"
+    return Image.blend(image, noise, 0.25), label, caption
+
+
+def read_image(path, image_size, min_scale):
+    """Any photo as upright 8-bit RGB. A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size if even then the
+    smallest crop (min_scale of the area, aspect 3/4) has image_size pixels a side."""
+    image = Image.open(path)
+    shrink = max(1, min(*image.size, math.sqrt(0.75 * min_scale * math.prod(image.size))) / image_size)
+    image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda value: value / 257)  # 16 bits, which convert() would clip
+    return image.convert("RGB")
+
+
+class Images(Dataset):
+    """Images of --data, no labels: item epoch x len + index is a list of views, random by that key alone."""
+
+    def __init__(self, data, views, seed, image_size, min_scale, rank):
+        self.views, self.seed, self.reading, ignored = views, seed, (image_size, min_scale), 0
+        if data == "demo":
+            self.items = [demo_image(index) for index in range(4096)]
+        elif os.path.isdir(data):
+            root = os.path.join(data, "train" if os.path.isdir(os.path.join(data, "train")) else "")
+            walk = os.walk(root, followlinks=True)
+            files = sorted(os.path.join(at, name) for at, _, names in walk for name in names)
+            self.items = [file for file in files if file.lower().endswith(IMAGE_ENDINGS)]
+            ignored = len(files) - len(self.items)
+        else:
+            if rank:
+                dist.barrier()  # the first process downloads, then the others read
+            try:
+                self.items = getattr(torchvision.datasets, data)("data", download=True)
+            except Exception as error:  # no such name, no network
+                raise SystemExit(f"--data {data}: no folder, no download ({error}). Give a folder, or demo")
+            if dist.is_initialized() and not rank:
+                dist.barrier()
+        self.found = f"{len(self.items)} images in {data}, {ignored} other files ignored"
+
+    def __getitem__(self, key):
+        for number in range(key, key + 100):
+            item = index = number % len(self.items)
+            try:
+                item = self.items[index]
+                image = read_image(item, *self.reading) if isinstance(item, str) else item[0].convert("RGB")
+                torch.default_generator.manual_seed(hash((self.seed, 1, key)) % 2**32)
+                pixels = v2.functional.pil_to_tensor(image)  # resizes 3 x as fast as PIL, alike to 2 of 255
+                return self.sample(index, pixels)
+            except Exception as error:  # whatever a decoder raises
+                warnings.warn(f"{item} cannot be read, the next one takes its place: {error}", stacklevel=2)
+        raise OSError(f"--data: 100 files in a row cannot be read, the last is {item}")
+
+    def sample(self, index, pixels):
+        return [view(pixels) for view in self.views]
+
+    def batches(self, batch_size, step, epochs, rank, world):
+        """Keys of this process's slice of each global batch from `step` on, dropping an epoch's rest."""
+        n = len(self.items)
+        start, skip = divmod(step, n // batch_size)
+        for epoch in range(start, epochs):
+            shuffle = torch.Generator().manual_seed(hash((self.seed, 2, epoch)) % 2**32)
+            for batch in torch.randperm(n, generator=shuffle).split(batch_size)[skip : n // batch_size]:
+                yield (epoch * n + batch.chunk(world)[rank]).tolist()
+            skip = 0
+
+
+def check_flags(args, may_be_zero, **at_most):
+    """SystemExit unless all numbers are above 0, or 0 if in may_be_zero, and at most at_most[name]."""
+    for name, value in asdict(args).items():
+        least, most = 0 if name in may_be_zero else 1e-12, at_most.get(name, math.inf)
+        numbers = [x for x in (value if isinstance(value, tuple) else [value]) if type(x) in (int, float)]
+        if not all(least <= number <= most for number in numbers):
+            allowed = ("above 0" if least else "0 or more") + (f", at most {most}" if name in at_most else "")
+            raise SystemExit(f"--{name.replace('_', '-')} {value}: must be {allowed}")
+
+
+def start_processes(device, amp):
+    """From torchrun's environment: rank, number of processes, device, autocast type (None: float32)."""
+    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(kind for kind in here if here[kind]) if device == "auto" else device
+    if not here[kind]:
+        raise SystemExit(f"--device {kind}: PyTorch finds none on this machine; use --device auto")
+    if kind == "cuda":
+        torch.cuda.set_device(local)
+    if world > 1:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    auto = "off" if kind != "cuda" else "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[auto if amp == "auto" else amp]
+    return rank, max(world, 1), torch.device(kind, local if kind == "cuda" else 0), dtype
+
+
+def cosine_schedule(step, total, warmup, base, final=0.0):
+    """From 0 in a straight line to base at step `warmup`, then in half a cosine to final at step `total`."""
+    if step < warmup:
+        return base * step / warmup
+    return final + (base - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def save_checkpoint(path, **state):
+    """Write tensors and plain dicts in one step: a kill at any moment leaves the old file or the new one."""
+    with open(f"{path}.tmp", "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(path, method):
+    """What save_checkpoint wrote, on the CPU; SystemExit if it is damaged or another method's."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # of zip, pickle or the disk
+        state = {}
+    if not isinstance(state, dict) or state.get("method") != method:
+        raise SystemExit(f"{path} is damaged, or not of {method}: use another --run-dir, or --restart")
+    return state
+
+
+def load_encoder(model, prefix, path, rank):
+    """Start the encoder, `prefix` in the model, from a backbone.pt (--init); SystemExit unless all of it
+    matches. What stays as it was, heads and decoders, is printed."""
+    try:
+        file = torch.load(path, map_location="cpu", weights_only=True)
+        if not {"arch_args", "state_dict"} <= file.keys():
+            raise ValueError("is no backbone.pt; convert.py makes one of published weights")
+        state, given = file["state_dict"], file["arch_args"].get("heads")
+        fresh, wrong = model.load_state_dict({prefix + k: v for k, v in state.items()}, strict=False)
+    except Exception as error:  # no such file, no backbone.pt, other shapes
+        raise SystemExit(f"--init {path}: {' '.join(str(error).split())[:300]}")
+    heads = tuple(prefix + part for part in ("fc.", "head.", "decoder_", "mask_token", "lm_head.", "proj"))
+    blocks = getattr(model.get_submodule(prefix.rstrip(".")), "blocks", None)
+    if given and blocks and blocks[0].attn.heads != given:  # of the same shape, and another network
+        wrong += [f"{given} heads"]
+    wrong += [name for name in fresh if name.startswith(prefix) and not name.startswith(heads)]
+    if wrong:
+        raise SystemExit(f"--init {path}: {len(wrong)} do not fit this encoder: {', '.join(wrong[:4])}")
+    if rank == 0:
+        print(f"--init {path}: new are {', '.join(sorted({name.split('.')[0] for name in fresh}))}")
+
+
+def export_backbone(folder, method, args, dim, weights, **arch_args):
+    """backbone.pt: the encoder in public names and what its use takes. Uses save_checkpoint, MEAN, STD."""
+    info = {"method": method, "arch": args.arch, "arch_args": arch_args, "image_size": args.image_size}
+    save_checkpoint(folder / "backbone.pt", **info, mean=MEAN, std=STD, feature_dim=dim, state_dict=weights)
+
+
+def open_run(args, method, rank):
+    """The run folder and the checkpoint in it, or {}; SystemExit if it holds another run."""
+    flags = {"method": method} | {k: v for k, v in asdict(args).items() if k not in NOT_TRAINING}
+    changed = {k: v for k, v in flags.items() if v != getattr(type(args), k, method)}
+    mark = "-" + hashlib.sha1(json.dumps(changed).encode()).hexdigest()[:8] if changed else ""
+    folder = Path(args.run_dir or f"runs/{method}{mark}")
+    record, path = folder / "args.json", folder / "checkpoint.pt"
+    if folder.is_file():
+        raise SystemExit(f"--run-dir {folder}: is a file, must be a folder")
+    if record.exists() and not args.restart:
+        ours, new = json.loads(json.dumps(flags)), {k: getattr(type(args), k, None) for k in flags}
+        held = json.loads(json.dumps(new)) | json.loads(record.read_text())  # flags newer than the run
+        other = ", ".join(f"--{k.replace('_', '-')} {held.get(k)}" for k in ours if held.get(k) != ours[k])
+        if other:
+            raise SystemExit(f"{folder} holds a run with {other}: use another --run-dir, or --restart")
+    checkpoint = load_checkpoint(path, method) if path.exists() and not args.restart else {}
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        if args.restart:
+            path.unlink(missing_ok=True)
+        Path(f"{record}.tmp").write_text(json.dumps(flags | asdict(args), indent=1))
+        os.replace(f"{record}.tmp", record)
+        with open(folder / "metrics.jsonl", "a") as log:
+            log.truncate(min(log.tell(), checkpoint.get("logged", 0)))  # what came after is done again
+    return folder, checkpoint
+
+
+# --- Training -----------------------------------------------------------------------------------------------
+def train(args: Args) -> dict:
+    """Pretrain in the run folder, from its checkpoint if it has one; returns the metrics of the last step."""
+    zero = "local_crops workers jitter crop_blurs solarize mask_ratios registers layer_scale drop_path_rate"
+    zero += " weight_decay final_weight_decay warmup_epochs warmup_teacher_temp_epochs freeze_last_layer seed"
+    zero += " momentum dino_weight ibot_weight koleo_weight"
+    zero += "" if args.ibot_weight else " mask_probability"
+    at_most = "min_scale crop_blurs solarize mask_ratios mask_probability momentum layerwise_decay".split()
+    local = {"local_min_scale": args.min_scale} if args.local_crops else {}
+    most = dict.fromkeys(at_most, 1) | local | {"drop_path_rate": 0.99, "warmup_epochs": args.epochs}
+    check_flags(args, zero.split(), **most)
+    weights = {"local": args.dino_weight, "global": args.dino_weight}
+    weights |= {"ibot": args.ibot_weight, "koleo": args.koleo_weight}
+    if not any(weights.values()):
+        raise SystemExit("--dino-weight 0 --ibot-weight 0 --koleo-weight 0: give one above 0")
+    sides = [args.image_size] * 2 + [args.local_size] * args.local_crops
+    if any(side % args.patch_size for side in sides):
+        flags = f"--image-size {args.image_size} --local-size {args.local_size}"
+        raise SystemExit(f"{flags}: give multiples of --patch-size {args.patch_size}")
+    rank, world, device, amp = start_processes(args.device, args.amp)
+    views = [random_crop(args.image_size, args.min_scale)] * 2
+    small = args.local_size, args.local_min_scale, args.min_scale
+    views += [random_crop(*small) for _ in range(args.local_crops)]
+    scales = args.min_scale, args.local_min_scale * (args.image_size / args.local_size) ** 2
+    smallest = min(scales[: 1 + bool(args.local_crops)])
+    data = Images(args.data, views, args.seed, args.image_size, smallest, rank)
+    if args.batch_size > len(data.items) or args.batch_size % world:
+        raise SystemExit(f"--batch-size {args.batch_size}: give a multiple of {world}, at most {data.found}")
+    per_epoch = len(data.items) // args.batch_size
+    total, warmup = args.epochs * per_epoch, round(args.warmup_epochs * per_epoch)
+    temp_warmup = args.warmup_teacher_temp_epochs * per_epoch
+    torch.manual_seed(args.seed)
+    student, teacher = DINOv2(args), DINOv2(args).requires_grad_(False).eval()  # eval: no stochastic depth
+    if args.init:
+        load_encoder(student, "backbone.", args.init, rank)
+    run, checkpoint = open_run(args, "dinov2", rank)
+    teacher.load_state_dict(student.state_dict())
+    student, teacher = student.to(device), teacher.to(device)
+    centers = checkpoint.get("centers", {name: torch.zeros(1, args.out_dim) for name in ("cls", "patch")})
+    centers = {name: center.to(device) for name, center in centers.items()}
+    groups = parameter_groups(student, args.layerwise_decay, args.patch_embed_lr)
+    optimizer = torch.optim.AdamW(groups, args.lr, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    moving = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": scaler}
+    step, metrics, alarm = (checkpoint.get(*pair) for pair in (("step", 0), ("metrics", {}), ("alarm", {})))
+    for name in (part for part in moving if checkpoint.get(part)):
+        moving[name].load_state_dict(checkpoint[name])
+    for part in (student.backbone, teacher.backbone) if args.compile else ():
+        part.compile()
+    net = nn.parallel.DistributedDataParallel(student) if world > 1 else student
+    keys = data.batches(args.batch_size, step, args.epochs, rank, world)
+    loader = DataLoader(data, batch_sampler=keys, num_workers=args.workers, pin_memory=device.type == "cuda")
+    if rank == 0:
+        board = SummaryWriter(run, purge_step=step + 1)
+        print(f"{data.found}. Run folder {run}, step {step} of {total}")
+        print(f"{args.arch}, {amp or torch.float32}, {world} x {device}, effective learning rate {args.lr:g}")
+    bar = tqdm(total=total, initial=step, disable=rank > 0)
+    blurs = [*args.crop_blurs[:2], *args.crop_blurs[2:] * args.local_crops]  # of each crop
+    blur_radius = min(4, min(sides) - 1) if any(blurs) else 0  # a kernel of 9 pixels
+    solarize = [0.0, args.solarize] + [0.0] * args.local_crops
+    grid = (args.image_size // args.patch_size,) * 2
+    active = [name for name, weight in (("cls", args.dino_weight), ("patch", args.ibot_weight)) if weight]
+    mine = torch.arange(2 * args.batch_size).view(2, world, -1)[:, rank].flatten().tolist()
+    logged, since, asked, waited = step, time.perf_counter(), time.perf_counter(), 0.0
+    try:
+        for crops in loader:
+            waited += time.perf_counter() - asked
+            epoch = step // per_epoch
+            lr = dino_schedule(step, total, warmup, args.lr, 1e-6)
+            decay = dino_schedule(step, total, 0, args.weight_decay, args.final_weight_decay)
+            for group in optimizer.param_groups:
+                # unlike DINO's, frozen prototypes have moments and a part in the norm that is clipped
+                frozen = group["last"] and epoch < args.freeze_last_layer
+                group["lr"] = 0.0 if frozen else lr * group["lr_scale"]
+                group["weight_decay"] = decay if group["decays"] else 0.0
+            ramp = min(1.0, step / (temp_warmup - 1)) if temp_warmup > 1 else 1.0
+            temp = args.warmup_teacher_temp + ramp * (args.teacher_temp - args.warmup_teacher_temp)
+            temp = temp if args.sharpening else args.student_temp
+            generator = torch.Generator().manual_seed(hash((args.seed, 3, step)) % 2**32)
+            shape = args.batch_size, len(crops)  # for all processes
+            numbers, order = draw_numbers(shape, args.jitter, blurs, solarize, generator)
+            numbers = numbers.chunk(world)[rank].to(device, non_blocking=True)
+            views = []  # global crops (2 B, 3, S, S), local crops (L B, 3, s, s)
+            for part in (slice(0, 2), slice(2, len(crops)))[: 1 + bool(args.local_crops)]:
+                images = torch.cat(crops[part]).to(device, non_blocking=True)
+                drawn = numbers[:, part].transpose(0, 1).flatten(0, 1)
+                views.append(augment(images, drawn, order, blur_radius))
+            seed = hash((args.seed, 5, step)) % 2**32
+            masks = draw_masks(2 * args.batch_size, mine, grid, args.mask_ratios, args.mask_probability, seed)
+            hidden, patch_weights = hidden_patches(masks if args.ibot_weight else masks & False)
+            drawn = masks, hidden, patch_weights  # on the CPU, which need not wait for the device
+            masks, hidden, patch_weights = (tensor.to(device, non_blocking=True) for tensor in drawn)
+            torch.manual_seed(hash((args.seed, 4, step, rank)) % 2**32)  # of stochastic depth
+            logs = step in (0, total - 1) or (step + 1) % args.log_every == 0
+            with torch.autocast(device.type, amp, enabled=amp is not None):
+                with torch.no_grad():  # the teacher sees all patches
+                    h, *taught = teacher(views[0], None, hidden)
+                features, cls_logits, patch_logits = net(views[0], masks, hidden, *views[1:])
+            taught, targets, losses = dict(zip(("cls", "patch"), taught, strict=True)), {}, {}
+            for name in active:
+                if args.sinkhorn and args.centering:
+                    targets[name] = sinkhorn_knopp(taught[name], temp)
+                else:
+                    targets[name] = teacher_targets(taught[name], centers[name], temp)
+            if args.dino_weight:
+                of_crops = cls_logits.unflatten(0, (len(crops), -1)), targets["cls"].unflatten(0, (2, -1))
+                losses["local"], losses["global"] = dino_losses(*of_crops, args.student_temp)
+            if args.ibot_weight:
+                losses["ibot"] = ibot_loss(patch_logits, targets["patch"], patch_weights, args.student_temp)
+            if args.koleo_weight:
+                losses["koleo"] = sum(koleo_loss(x) for x in features.chunk(2))
+            loss = sum(weights[name] * value for name, value in losses.items())
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            for name in active if args.centering and not args.sinkhorn else ():
+                move_center(centers[name], taught[name], 0.9)  # after its use
+            parts = [[*part.parameters()] for part in student.children()]  # backbone, heads
+            norms = [nn.utils.clip_grad_norm_(part, args.clip_norm) for part in parts]
+            step += 1
+            saves = step % args.checkpoint_every == 0 or step == total
+            if logs or saves:  # only here does a step wait for the device
+                grad_norm = torch.stack(norms).norm()
+                if not torch.isfinite(loss if scaler.is_enabled() else loss + grad_norm):
+                    raise SystemExit(f"step {step}: loss {loss:g}, gradient {grad_norm:g}; lower --lr")
+            scaler.step(optimizer)
+            scaler.update()
+            momentum = dino_schedule(step - 1, total, 0, args.momentum, 1.0)
+            momentum_update(student, teacher, momentum)
+            bar.update()
+            if logs:
+                means = gather(torch.stack([*losses.values()]).detach()[None]).mean(dim=0).tolist()
+                means = dict(zip(losses, means, strict=True))
+                now, lasting = time.perf_counter(), max(args.freeze_last_layer * per_epoch, temp_warmup)
+                armed_after = max(min(500, 0.2 * total), warmup, lasting)
+                metrics = {"train/loss": sum(weights[name] * means[name] for name in means), "train/lr": lr}
+                metrics |= {"train/grad_norm": grad_norm.item(), "train/weight_decay": decay}
+                metrics |= {f"dinov2/{name}_loss": value for name, value in means.items()}
+                teaching = {}
+                if args.ibot_weight:
+                    teaching = target_metrics(targets["patch"], patch_weights, losses["ibot"].detach())
+                    metrics |= {f"dinov2/patch_{name}": value for name, value in teaching.items()}
+                if args.dino_weight:  # its targets are those that the alarm watches
+                    mean = (losses["local"] + losses["global"]).detach() * (1 if args.local_crops else 1.5)
+                    alike = torch.full((len(h),), 1 / len(h), device=device)
+                    teaching = target_metrics(targets["cls"], alike, mean)
+                    metrics |= {f"dinov2/{name}": value for name, value in teaching.items()}
+                low = teaching and (teaching["kl"] < 0.01 or teaching["information"] < 0.1)
+                certain = low and teaching["teacher_entropy"] < 0.5 * math.log(args.out_dim)
+                problems = {
+                    "one-hot teacher: keep the centering, raise --teacher-temp": bool(low and certain),
+                    "uniform teacher: keep the sharpening, lower --teacher-temp": bool(low and not certain),
+                }
+                metrics |= {"dinov2/center_norm": centers["cls"].norm().item(), "dinov2/momentum": momentum}
+                feature = collapse_metrics(h, center=True)
+                metrics |= {f"monitor/{k}": v for k, v in feature.items()}
+                metrics["perf/images_per_second"] = args.batch_size * (step - logged) / (now - since)
+                metrics["perf/data_wait"] = waited / (now - since)
+                logged, since, waited = step, now, 0.0
+                if rank == 0:
+                    metrics["monitor/alarm"] = collapse_alarm(alarm, step, armed_after, problems)
+                    for tag, value in metrics.items():
+                        board.add_scalar(tag, value, step)
+                    line = {"step": step, "epoch": (step - 1) // per_epoch} | metrics
+                    with open(run / "metrics.jsonl", "a") as log:
+                        log.write(json.dumps(line) + "\n")
+                    bar.set_postfix_str(" ".join(f"{name} {value:.3f}" for name, value in means.items()))
+            if rank == 0 and step == 1:  # the first view without the patches that the student does not see
+                seen = F.interpolate((~masks).view(-1, 1, *grid).float(), views[0].shape[2:])
+                pictures = zip(("views", "local-views"), (views[0] * seen, *views[1:]), strict=False)
+                for name, images in pictures:
+                    rows = images.unflatten(0, (-1, len(crops[0]))).transpose(0, 1).flatten(0, 1)[:64].cpu()
+                    pixels = rows * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+                    page = torchvision.utils.make_grid(pixels.clamp(0, 1))  # those of an image side by side
+                    torchvision.utils.save_image(page, run / f"{name}.png")
+                    board.add_image(name, page, step)
+            if rank == 0 and (step in (1, total) or step % args.picture_every == 0):
+                shown = views[0][: min(8, len(crops[0]))]  # the first global crop of each image
+                with torch.no_grad():
+                    page = pca_picture(shown, teacher.backbone(shown)[:, teacher.backbone.prefix :]).cpu()
+                torchvision.utils.save_image(page, run / f"pca-{step:06d}.png")
+                board.add_image("pca", page, step)
+            if saves and rank == 0:
+                arch_args = {"patch_size": args.patch_size, "heads": VITS[args.arch][2]}
+                arch_args |= {} if args.registers else {"offset": 0.1}
+                encoder = to_timm_names(teacher.backbone.state_dict())
+                export_backbone(run, "dinov2", args, h.shape[1], encoder, **arch_args)
+                state = {name: part.state_dict() for name, part in moving.items()}
+                state |= {"centers": {name: center.cpu() for name, center in centers.items()}}
+                state |= {"method": "dinov2", "step": step, "metrics": metrics, "alarm": alarm}
+                save_checkpoint(run / "checkpoint.pt", **state, logged=os.path.getsize(run / "metrics.jsonl"))
+            asked = time.perf_counter()
+    except (KeyboardInterrupt, OSError) as error:  # a worker's error comes behind its traceback
+        reason = (str(error) or "interrupted").splitlines()[-1]
+        raise SystemExit(f"{reason} (step {step}); the same command continues from its checkpoint")
+    finally:
+        bar.close()
+        if rank == 0:
+            board.close()
+    if rank == 0:
+        print(f"{run}/backbone.pt: " + ", ".join(f"{tag} {value:.4g}" for tag, value in metrics.items()))
+    if world > 1:
+        dist.destroy_process_group()
+    return metrics
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args, description=__doc__))
