@@ -293,7 +293,7 @@ def timm_name(name):
     return name
 
 
-def from_timm_names(tower, state, prefix, *_):
+def tower_from_timm(tower, state, prefix, *_):
     """Before loading: the names and shapes of a backbone.pt become the tower's."""
     for name, own in tower.named_parameters():
         if (there := prefix + timm_name(name)) in state and there != prefix + name:
@@ -303,7 +303,7 @@ def from_timm_names(tower, state, prefix, *_):
 
 class ImageTower(nn.Module):
     """ViT in the official names: images (B, 3, H, W) -> image features (B, E), and the normed [CLS] before
-    projection (B, D). Uses transformer, CLIPBlock, resize_positions, from_timm_names, timm_name, TIMM."""
+    projection (B, D). Uses transformer, CLIPBlock, resize_positions, tower_from_timm, timm_name, TIMM."""
 
     def __init__(self, dim, depth, image_size, patch_size, embed_dim, quick_gelu):
         super().__init__()
@@ -313,7 +313,7 @@ class ImageTower(nn.Module):
         self.class_embedding, self.positional_embedding, self.proj = tensors
         self.ln_pre, self.ln_post = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.transformer = transformer(dim, depth, quick_gelu)
-        self.register_load_state_dict_pre_hook(from_timm_names)
+        self.register_load_state_dict_pre_hook(tower_from_timm)
 
     def forward(self, images):
         x = self.conv1(images)
@@ -352,7 +352,7 @@ class CLIP(nn.Module):
     """Image tower `visual` and causal transformer of text in the official names; initialised as those: the
     blocks of the ViT have PyTorch's initialisation. arch: of TOWERS or RESNETS, or (width, depth) of a ViT.
     text: width, depth, number of tokens, context length. Uses ImageTower, ResNetTower, resnet, RESNETS,
-    TOWERS, transformer, CLIPBlock, resize_positions, from_timm_names, timm_name, TIMM."""
+    TOWERS, transformer, CLIPBlock, resize_positions, tower_from_timm, timm_name, TIMM."""
 
     def __init__(self, arch, image_size, patch_size, embed_dim, text, quick_gelu=True, stem="imagenet"):
         super().__init__()
