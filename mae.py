@@ -497,7 +497,7 @@ def open_run(args, method, rank):
 def train(args: Args) -> dict:
     """Pretrain in the run folder, from its checkpoint if it has one; returns the metrics of the last step."""
     zero = "decoder_dim decoder_depth decoder_heads micro_batch_size workers weight_decay seed warmup_epochs"
-    check_flags(args, zero.split(), min_scale=1, warmup_epochs=args.epochs)
+    check_flags(args, zero.split(), min_scale=1, mask_ratio=1, warmup_epochs=args.epochs)
     side = args.image_size // args.patch_size
     if args.image_size % args.patch_size:
         raise SystemExit(f"--image-size {args.image_size}: give a multiple of --patch-size {args.patch_size}")
