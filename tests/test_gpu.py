@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TRAINING, tiny_args
+from conftest import ROOT, TRAINING, tiny_args
 from pretend_gpu import CUDA, PretendGenerator, PretendGPU
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -287,3 +287,41 @@ def test_traced_by_compile_gives_the_same_loss(script, folder, plain, monkeypatc
 @pytest.mark.slow
 def test_compile_gives_the_same_loss(script, folder, plain, monkeypatch):
     assert_close(compiled(script, folder, monkeypatch, "inductor"), plain(script), rel=1e-2)
+
+
+# benchmarks/gpu_check.py
+
+
+@pytest.fixture
+def gpu_check(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("gpu_check")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_gpu_check_says_that_there_is_no_gpu(gpu_check):
+    with pytest.raises(SystemExit, match="no GPU.*--device cpu --quick"):
+        gpu_check.main(gpu_check.Args())
+
+
+@pytest.mark.parametrize(
+    "script", ["mae", *(pytest.param(s, marks=pytest.mark.slow) for s in TRAINING if s != "mae")]
+)
+def test_gpu_check_on_the_cpu(gpu_check, script, capsys):
+    args = gpu_check.Args(device="cpu", quick=True, workers=0, scripts=(script,))
+    assert set(TRAINING) == set(gpu_check.SCRIPTS) and not gpu_check.main(args)
+    said = capsys.readouterr().out
+    assert "0 rows failed" in said and all(word in said for word in ("float32", "bf16", "overflow", script))
+
+
+def test_gpu_check_notices_what_fails(gpu_check, capsys, monkeypatch):
+    args = gpu_check.Args(device="cpu", quick=True, workers=0, scripts=("mae",))
+    monkeypatch.setattr(
+        gpu_check, "CASES", {k: v for k, v in gpu_check.CASES.items() if k in ("float32", "bf16")}
+    )
+    mae = importlib.import_module("mae")
+    loss, checks = mae.mae_loss, itertools.count()
+    monkeypatch.setattr(mae, "mae_loss", lambda *a: loss(*a) * (1 if next(checks) < 3 else 1.2))
+    assert gpu_check.main(args) == ["mae      bf16             "]
+    monkeypatch.setattr(mae, "mae_loss", lambda *a: 1 / 0)
+    assert len(gpu_check.main(args)) == 2 and "ZeroDivisionError" in capsys.readouterr().out

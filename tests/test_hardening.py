@@ -91,11 +91,14 @@ def spoil_loss(monkeypatch, steps, at):
     monkeypatch.setattr(torch.amp.GradScaler, "scale", spoiled)
 
 
+EVERY = 0  # step
+
+
 def spoil_gradient(monkeypatch, steps, at, value=math.nan):
     unscale = torch.amp.GradScaler.unscale_
 
     def spoiled(self, optimizer):
-        if steps.done == at - 1 or (at == "every" and steps.done >= 0):
+        if steps.done == at - 1 or (at == EVERY and steps.done >= 0):
             next(p for p in optimizer.param_groups[0]["params"] if p.grad is not None).grad[:1].fill_(value)
         return unscale(self, optimizer)
 
@@ -173,7 +176,7 @@ def test_a_float16_overflow_skips_its_step(module, folder, monkeypatch):
 @pytest.mark.shared
 def test_a_gradient_that_is_never_finite_stops_a_float16_run(module, folder, monkeypatch):
     bfloat16_for_float16(monkeypatch)
-    spoil_gradient(monkeypatch, Steps(module, monkeypatch), at="every")
+    spoil_gradient(monkeypatch, Steps(module, monkeypatch), at=EVERY)
     args = tiny_args(module.__name__, data=str(folder), epochs=16, run_dir="run", amp="fp16", log_every=20)
     stopped(module, args, "gradient")
 
