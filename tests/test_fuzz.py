@@ -67,7 +67,8 @@ def values_of(script, name, kind):
     if typing.get_origin(kind) is typing.Literal:
         return st.sampled_from(typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        return st.tuples(*(values_of(script, name, part) for part in typing.get_args(kind)))
+        parts = [values_of(script, name, part) for part in typing.get_args(kind)]
+        return st.tuples(*parts) if all(parts) else None  # of texts
     return {int: INTS, float: FLOATS, bool: st.booleans()}.get(kind)
 
 
