@@ -175,6 +175,7 @@ def test_what_fake_tensors_do_not_tell():
 
 
 @every_script
+@pytest.mark.shared
 def test_a_planted_tensor_of_the_cpu_is_caught(script, folder):
     calls = []
 
@@ -250,6 +251,7 @@ def test_float16_and_a_resumed_run_on_a_gpu(script, folder, monkeypatch):
 
 
 @every_script
+@pytest.mark.slow
 def test_bfloat16_gives_nearly_the_same_loss(script, folder, plain):
     first = train(script, folder, steps=1, amp="bf16")[0]
     assert first != plain(script)[0]
@@ -314,6 +316,7 @@ def test_gpu_check_on_the_cpu(gpu_check, script, capsys):
     assert "0 rows failed" in said and all(word in said for word in ("float32", "bf16", "overflow", script))
 
 
+@pytest.mark.slow
 def test_gpu_check_notices_what_fails(gpu_check, capsys, monkeypatch):
     args = gpu_check.Args(device="cpu", quick=True, workers=0, scripts=("mae",))
     monkeypatch.setattr(
