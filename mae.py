@@ -497,11 +497,11 @@ def open_run(args, method, rank):
 def train(args: Args) -> dict:
     """Pretrain in the run folder, from its checkpoint if it has one; returns the metrics of the last step."""
     zero = "decoder_dim decoder_depth decoder_heads micro_batch_size workers weight_decay seed warmup_epochs"
-    check_flags(args, zero.split(), min_scale=1, mask_ratio=1, warmup_epochs=args.epochs)
+    check_flags(args, zero.split(), min_scale=1, warmup_epochs=args.epochs)
     side = args.image_size // args.patch_size
     if args.image_size % args.patch_size:
         raise SystemExit(f"--image-size {args.image_size}: give a multiple of --patch-size {args.patch_size}")
-    if not 1 <= int(side**2 * (1 - args.mask_ratio)) < side**2:
+    if not (args.mask_ratio < 1 and 1 <= int(side**2 * (1 - args.mask_ratio)) < side**2):
         raise SystemExit(f"--mask-ratio {args.mask_ratio}: must hide some of the {side**2} patches, not all")
     rank, world, device, amp = start_processes(args.device, args.amp)
     crop = (random_crop(args.image_size, args.min_scale),)  # one view

@@ -178,7 +178,7 @@ def test_a_float16_overflow_skips_its_step(module, folder, monkeypatch):
 def test_a_gradient_that_is_never_finite_stops_a_float16_run(module, folder, monkeypatch):
     bfloat16_for_float16(monkeypatch)
     spoil_gradient(monkeypatch, Steps(module, monkeypatch), at=EVERY)
-    args = tiny_args(module.__name__, data=str(folder), epochs=16, run_dir="run", amp="fp16", log_every=20)
+    args = tiny_args(module.__name__, data=str(folder), epochs=4, run_dir="run", amp="fp16", log_every=5)
     stopped(module, args, "gradient")
 
 
