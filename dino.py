@@ -635,6 +635,8 @@ def train(args: Args) -> dict:
     data = Images(args.data, views, args.seed, args.image_size, smallest, rank)
     if args.batch_size > len(data.items) or args.batch_size % world:
         raise SystemExit(f"--batch-size {args.batch_size}: give a multiple of {world}, at most {data.found}")
+    if not vit and args.batch_size * args.local_crops == world:
+        raise SystemExit(f"--batch-size {args.batch_size}: BatchNorm needs two local crops in each process")
     per_epoch = len(data.items) // args.batch_size
     total, warmup = args.epochs * per_epoch, round(args.warmup_epochs * per_epoch)
     peak_lr = args.base_lr * args.batch_size / 256

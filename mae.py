@@ -501,7 +501,7 @@ def train(args: Args) -> dict:
     side = args.image_size // args.patch_size
     if args.image_size % args.patch_size:
         raise SystemExit(f"--image-size {args.image_size}: give a multiple of --patch-size {args.patch_size}")
-    if not 1 <= int(side**2 * (1 - args.mask_ratio)) < side**2:
+    if not (args.mask_ratio < 1 and 1 <= int(side**2 * (1 - args.mask_ratio)) < side**2):
         raise SystemExit(f"--mask-ratio {args.mask_ratio}: must hide some of the {side**2} patches, not all")
     rank, world, device, amp = start_processes(args.device, args.amp)
     crop = (random_crop(args.image_size, args.min_scale),)  # one view

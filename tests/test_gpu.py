@@ -1,0 +1,330 @@
+"""Paths that only a GPU takes, without one (pretend_gpu.py): devices, precision, memory layout, --compile."""
+
+import contextlib
+import importlib
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TRAINING, tiny_args
+from pretend_gpu import CUDA, PretendGenerator, PretendGPU
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+every_script = pytest.mark.parametrize("script", TRAINING)
+# Code that the tiny flags of conftest.py do not reach; a new script runs with those alone.
+VARIANTS = {
+    "beit": [{"positions": "absolute", "micro_batch_size": 3}, {"positions": "shared", "drop_path": 0.5}],
+    "byol": [{"optimizer": "lars", "predictor": False}, {"stop_gradient": False, "blurs": (1.0, 0.5)}],
+    "dino": [{"arch": "resnet18", "crop_blurs": (1.0, 0.5, 0.5)}, {"drop_path": 0.5, "sharpening": False}],
+    "mae": [{"micro_batch_size": 3, "norm_pix": True}],
+    "moco": [{"symmetric": True, "recipe": "v1"}, {"negatives": False, "bn_splits": 1}],
+    "pretext": [{"task": "jigsaw", "micro_batch_size": 4}, {"task": "colorization"}],
+    "simclr": [{"micro_batch_size": 4, "optimizer": "lars", "blur": 0.5, "image_size": 40}],
+}
+# Where a step waits for the device although nothing is logged.
+WAITS = {"beit": {"index by a mask", "index_put by a mask"}}  # the loss takes the masked tokens alone
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def lines_of(folder):
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+
+
+def train(script, folder, steps=5, **flags):
+    """Its first `steps` of five steps, nothing saved; the metrics of the first and the last."""
+    module = importlib.import_module(script)
+
+    class Bar(module.tqdm):
+        def update(self, n=1):
+            if self.n == steps and lines_of("run"):
+                raise KeyboardInterrupt
+            return super().update(n)
+
+    flags = {"data": str(folder), "epochs": 1, "run_dir": "run", "log_every": 100, "restart": True} | flags
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "save_checkpoint", lambda path, **state: None)
+        if steps < 5:
+            patch.setattr(module, "tqdm", Bar)
+        with pytest.raises(SystemExit) if steps < 5 else contextlib.nullcontext():
+            module.train(tiny_args(script, **flags))
+    return lines_of("run")
+
+
+def train_there(script, folder, amp=None, **flags):
+    """The same on the pretended GPU; also what each step waited for."""
+    module, waits = importlib.import_module(script), []
+
+    class Bar(module.tqdm):
+        def update(self, n=1):
+            waits.append(gpu.waits)
+            gpu.waits = []
+            return super().update(n)
+
+    with pytest.MonkeyPatch.context() as patch, PretendGPU() as gpu:
+        patch.setattr(module, "start_processes", lambda device, amp_flag: (0, 1, CUDA, amp))
+        patch.setattr(module, "tqdm", Bar)
+        return train(script, folder, **flags), waits
+
+
+def assert_close(ours, theirs, rel=1e-4):
+    for line, other in zip(ours, theirs, strict=True):
+        assert line == pytest.approx(other, rel=rel, abs=rel, nan_ok=True)
+
+
+@pytest.fixture(scope="module")
+def plain(folder, tmp_path_factory):
+    """First and last log step of each script in float32 on the CPU."""
+    held = {}
+
+    def of(script):
+        if script not in held:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(tmp_path_factory.mktemp(script))
+                held[script] = train(script, folder)
+        return held[script]
+
+    return of
+
+
+# The pretended GPU
+
+
+def on_both(make):
+    """make(device) -> result, with PyTorch's fake tensors and on the pretended GPU: None, or an error."""
+
+    def outcome(mode):
+        with mode:
+            try:
+                make(torch.device("cuda:0"))
+            except Exception as error:
+                return type(error)
+
+    return outcome(FakeTensorMode()), outcome(PretendGPU())
+
+
+RULES = {
+    "sum": (True, lambda d: torch.ones(3, device=d) + torch.ones(3).to(d)),
+    "number": (True, lambda d: torch.ones(3, device=d) * torch.tensor(2.0)),
+    "number of the GPU": (False, lambda d: torch.ones(3) * torch.tensor(2.0, device=d)),
+    "mixed": (False, lambda d: torch.ones(3, device=d) + torch.ones(3)),
+    "mixed, made by arange": (False, lambda d: torch.ones(3, device=d) * torch.arange(3)),
+    "arange of its device": (
+        True,
+        lambda d: (x := torch.ones(3, device=d)) * torch.arange(3, device=x.device),
+    ),
+    "mixed in cat": (False, lambda d: torch.cat([torch.ones(1, device=d), torch.ones(1)])),
+    "mixed in a view": (False, lambda d: torch.ones(2, 3, device=d).T @ torch.ones(2)),
+    "mixed in a loss": (
+        False,
+        lambda d: nn.functional.cross_entropy(torch.ones(2, 3, device=d), torch.zeros(2, dtype=torch.long)),
+    ),
+    "mixed in a layer": (False, lambda d: nn.functional.linear(torch.ones(2, 3, device=d), torch.ones(4, 3))),
+    "mixed in where": (False, lambda d: torch.where(torch.ones(3) > 0, torch.ones(3, device=d), 0.0)),
+    "places of the CPU": (True, lambda d: torch.ones(3, device=d)[torch.tensor([0, 2])]),
+    "places of the GPU": (False, lambda d: torch.ones(3).index_select(0, torch.tensor([0], device=d))),
+    "gather": (False, lambda d: torch.ones(2, 3, device=d).gather(1, torch.zeros(2, 1, dtype=torch.long))),
+    "scatter": (
+        False,
+        lambda d: torch.ones(2, 3, device=d).scatter(1, torch.zeros(2, 1, dtype=torch.long), 0.0),
+    ),
+    "copy": (True, lambda d: torch.ones(3, device=d).copy_(torch.ones(3))),
+    "back": (True, lambda d: torch.ones(3, device=d).cpu() + torch.ones(3)),
+    "back by name": (True, lambda d: torch.ones(3, device=d).to("cpu") + torch.ones(3)),
+    "like": (True, lambda d: torch.zeros_like(torch.ones(3, device=d)) + torch.ones(3, device=d)),
+    "new": (True, lambda d: (x := torch.ones(3, device=d)) + x.new_tensor([1.0, 2, 3])),
+    "detached": (False, lambda d: torch.ones(3, device=d, requires_grad=True).detach() + torch.ones(3)),
+    "norms": (False, lambda d: nn.functional.layer_norm(torch.ones(2, 3, device=d), (3,), torch.ones(3))),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_rules_are_those_of_pytorch(rule):
+    allowed, make = RULES[rule]
+    fake, pretended = on_both(make)
+    assert (fake is None) == (pretended is None) == allowed, (fake, pretended)
+
+
+def test_what_fake_tensors_do_not_tell():
+    with PretendGPU() as gpu:
+        x = torch.ones(3, device="cuda", requires_grad=True)
+        assert x.is_cuda and (x * 2).sum().device == CUDA and not torch.ones(3).is_cuda
+        (x**2).sum().backward()
+        assert x.grad.device == CUDA and not gpu.waits
+        with pytest.raises(TypeError, match="numpy"):
+            x.detach().numpy()
+        for there, generator in (("cuda", torch.Generator()), ("cpu", torch.Generator("cuda"))):
+            with pytest.raises(RuntimeError, match="generator"):
+                torch.rand(3, device=there, generator=generator)
+        assert isinstance(torch.Generator("cuda"), PretendGenerator)
+        assert x.sum().item() == 3 and bool(x[0] > 0) and len(x[x > 0]) == 3
+        waits = set(gpu.waits)
+        assert {"item", "__bool__", "index by a mask"} <= waits
+        mean = nn.Linear(3, 3).to("cuda")(x).mean()  # a bias that the backward pass would meet on the CPU
+        with pytest.raises(RuntimeError, match="same device"):
+            (mean + nn.Linear(3, 3)(x.detach().cpu()).cuda() @ torch.ones(3)).backward()
+
+
+@every_script
+@pytest.mark.shared
+def test_a_planted_tensor_of_the_cpu_is_caught(script, folder):
+    calls = []
+
+    def plant(net, inputs, output):
+        if isinstance(output, torch.Tensor) and output.is_cuda and not calls:
+            calls.append(net)
+            return output * torch.ones(output.shape)
+
+    handle = nn.modules.module.register_module_forward_hook(plant)
+    try:
+        with pytest.raises(RuntimeError, match="same device"):
+            train_there(script, folder)
+    finally:
+        handle.remove()
+    assert calls
+
+
+# Every script there
+
+
+@every_script
+def test_trains_on_a_gpu_as_on_the_cpu(script, folder, plain):
+    """The same metrics; and from one log step to the next no step waits for the device."""
+    ours, waits = train_there(script, folder)
+    assert_close(ours, plain(script))
+    assert len(waits) % 5 == 0  # five steps, of each stage
+    for i in (2, 3):  # the first and the last are logged
+        assert all(set(waits) <= WAITS.get(script, set()) for waits in waits[i::5])
+
+
+@every_script
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_variants_train_on_a_gpu(script, folder, number):
+    if number < len(VARIANTS.get(script, ())):
+        ours, _ = train_there(script, folder, **VARIANTS[script][number])
+        assert len(ours) == 2 and math.isfinite(ours[-1]["train/loss"])
+
+
+@every_script
+def test_float16_and_a_resumed_run_on_a_gpu(script, folder, monkeypatch):
+    """Loss scaling as on the GPU; what a checkpoint holds comes back to the device that it was on. Its
+    products are in bfloat16: the CPU needs seconds for float16."""
+    autocast = torch.autocast
+
+    def cast(kind, dtype=None, enabled=True):
+        return autocast(kind, torch.bfloat16 if dtype == torch.float16 else dtype, enabled=enabled)
+
+    monkeypatch.setattr(torch, "autocast", cast)
+    module, count = importlib.import_module(script), itertools.count()
+    save = module.save_checkpoint
+
+    def stop(path, **state):
+        save(path, **state)
+        if path.name == "checkpoint.pt" and next(count) == 0:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_checkpoint", stop)
+        patch.setattr(module, "start_processes", lambda *flags: (0, 1, CUDA, torch.float16))
+        flags = {"data": str(folder), "epochs": 1, "batch_size": 16, "run_dir": "run", "checkpoint_every": 1}
+        args = tiny_args(script, **flags)
+        with PretendGPU():
+            with pytest.raises(SystemExit, match="interrupted .step 1.*continues"):
+                module.train(args)
+            metrics = module.train(args)
+    assert math.isfinite(metrics["train/loss"]) and len(lines_of("run")) == 2
+    state = torch.load("run/checkpoint.pt", weights_only=True)
+    assert state["scaler"]["scale"] == 65536 and state["scaler"]["_growth_tracker"] == 2
+
+
+# Precision, layout and --compile change nothing but the rounding
+
+
+@every_script
+@pytest.mark.slow
+def test_bfloat16_gives_nearly_the_same_loss(script, folder, plain):
+    first = train(script, folder, steps=1, amp="bf16")[0]
+    assert first != plain(script)[0]
+    assert first["train/loss"] == pytest.approx(plain(script)[0]["train/loss"], rel=0.03)
+    assert first["monitor/feature_std"] == pytest.approx(plain(script)[0]["monitor/feature_std"], rel=0.1)
+
+
+@every_script
+def test_memory_layout_changes_nothing(script, folder, plain, monkeypatch):
+    monkeypatch.setattr(torch, "channels_last", torch.contiguous_format)
+    first = train(script, folder, steps=1)[0]
+    assert_close([first], plain(script)[:1], rel=1e-3)
+
+
+def compiled(script, folder, monkeypatch, backend):
+    def compile(self, *_, **__):
+        self._compiled_call_impl = torch.compile(self._call_impl, backend=backend)
+        calls.append(self)
+
+    calls = []
+    torch._dynamo.reset()
+    monkeypatch.setattr(nn.Module, "compile", compile)
+    lines = train(script, folder, compile=True)
+    assert calls
+    return lines
+
+
+@every_script
+@pytest.mark.slow
+def test_traced_by_compile_gives_the_same_loss(script, folder, plain, monkeypatch):
+    assert_close(compiled(script, folder, monkeypatch, "eager"), plain(script))
+
+
+@every_script
+@pytest.mark.slow
+def test_compile_gives_the_same_loss(script, folder, plain, monkeypatch):
+    assert_close(compiled(script, folder, monkeypatch, "inductor"), plain(script), rel=1e-2)
+
+
+# benchmarks/gpu_check.py
+
+
+@pytest.fixture
+def gpu_check(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("gpu_check")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_gpu_check_says_that_there_is_no_gpu(gpu_check):
+    with pytest.raises(SystemExit, match="no GPU.*--device cpu --quick"):
+        gpu_check.main(gpu_check.Args())
+
+
+@pytest.mark.parametrize(
+    "script", ["mae", *(pytest.param(s, marks=pytest.mark.slow) for s in TRAINING if s != "mae")]
+)
+def test_gpu_check_on_the_cpu(gpu_check, script, capsys):
+    args = gpu_check.Args(device="cpu", quick=True, workers=0, scripts=(script,))
+    assert set(TRAINING) == set(gpu_check.SCRIPTS) and not gpu_check.main(args)
+    said = capsys.readouterr().out
+    assert "0 rows failed" in said and all(word in said for word in ("float32", "bf16", "overflow", script))
+
+
+@pytest.mark.slow
+def test_gpu_check_notices_what_fails(gpu_check, capsys, monkeypatch):
+    args = gpu_check.Args(device="cpu", quick=True, workers=0, scripts=("mae",))
+    monkeypatch.setattr(
+        gpu_check, "CASES", {k: v for k, v in gpu_check.CASES.items() if k in ("float32", "bf16")}
+    )
+    mae = importlib.import_module("mae")
+    loss, checks = mae.mae_loss, itertools.count()
+    monkeypatch.setattr(mae, "mae_loss", lambda *a: loss(*a) * (1 if next(checks) < 3 else 1.2))
+    assert gpu_check.main(args) == ["mae      bf16             "]
+    monkeypatch.setattr(mae, "mae_loss", lambda *a: 1 / 0)
+    assert len(gpu_check.main(args)) == 2 and "ZeroDivisionError" in capsys.readouterr().out
