@@ -606,7 +606,7 @@ def test_pairs_to_measure(tmp_path):
     with pytest.raises(SystemExit, match="a/val: nothing to measure"):
         clip.measured_pairs(args, data, ByteTokenizer(), 0)
     pictures(tmp_path / "d", ["photos/0.png", "photos/1.png"])
-    with pytest.raises(SystemExit, match="d: all captions are alike"):
+    with pytest.raises(SystemExit, match="--data d: all captions are alike"):
         pairs("d")
 
 
