@@ -755,9 +755,8 @@ class Pairs(Images):
         if cut := sum(len(tokenizer.encode(text)) > self.context - 2 for text in longer):
             self.found += f"; {cut} captions cut to --context-length {self.context}"
         if self.items and not test and (len(texts) < 2 or len(self.classes) == 1):
-            raise SystemExit(
-                f"{data}: all captions are alike ({[*texts][0][:50]}): there is nothing to learn"
-            )
+            alike = f"all captions are alike ({[*texts][0][:50]})"
+            raise SystemExit(f"--data {data}: {alike}: nothing to learn")
 
     def of_demo(self, data, test):
         if test:
