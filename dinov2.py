@@ -958,6 +958,7 @@ def train(args: Args) -> dict:
                 board.add_image("pca", page, step)
             if saves and rank == 0:
                 arch_args = {"patch_size": args.patch_size, "heads": VITS[args.arch][2]}
+                arch_args |= {"layer_scale": args.layer_scale} if args.layer_scale else {}
                 arch_args |= {} if args.registers else {"offset": 0.1}
                 encoder = to_timm_names(teacher.backbone.state_dict())
                 export_backbone(run, "dinov2", args, h.shape[1], encoder, **arch_args)

@@ -238,7 +238,7 @@ class ViTBlock(nn.Module):
     """Pre-norm block of tokens (B, N, D) on a grid (h, w), in timm's names and with the parts in `shapes`:
     LayerScale (ls1, gamma_1), relative positions and no bias of keys (BEiT), SwiGLU, QuickGELU (CLIP)."""
 
-    def __init__(self, shapes, heads, eps, quick_gelu):
+    def __init__(self, shapes, heads, eps, quick_gelu=False, layer_scale=1e-5):
         super().__init__()
         dim, hidden = shapes["mlp.fc2.weight"]
         self.heads, self.drop_path, self.quick_gelu = heads, 0.0, quick_gelu
@@ -247,7 +247,7 @@ class ViTBlock(nn.Module):
         self.attn["proj"] = nn.Linear(dim, dim)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, shapes["mlp.fc1.weight"][0])})
         self.mlp["fc2"] = nn.Linear(hidden, dim)
-        starts = {"gamma": 1e-5, "gamma_1": 0.1, "gamma_2": 0.1, "q_bias": 0.0, "v_bias": 0.0}
+        starts = {"gamma": layer_scale, "gamma_1": 0.1, "gamma_2": 0.1, "q_bias": 0.0, "v_bias": 0.0}
         starts["relative_position_bias_table"] = 0.0  # another name is none of a network written here
         for name in (name for name in shapes if name not in self.state_dict()):
             *above, name = name.split(".")
@@ -291,10 +291,10 @@ HEADS = {"vit_nano": 4, "vit_tiny": 3, "vit_small": 6, "vit_base": 12, "vit_larg
 class ViT(nn.Module):
     """Vision transformer with the parts in `shapes`, {name in timm: shape}; images (B, 3, H, W) -> feature
     (B, D): cls, mean (of patch tokens) or both, normed, of each of the blocks `layers`, side by side.
-    offset: of resize_positions; xavier: initialised as MAE; None: as CLIP, mostly by PyTorch. Uses ViTBlock,
-    resize_positions."""
+    offset: of resize_positions; xavier: initialised as MAE; None: as CLIP, mostly by PyTorch. block: further
+    arguments of ViTBlock. Uses ViTBlock, resize_positions."""
 
-    def __init__(self, shapes, heads, feature, layers, offset=0.0, eps=1e-6, quick_gelu=False, xavier=False):
+    def __init__(self, shapes, heads, feature, layers, offset=0.0, eps=1e-6, xavier=False, **block):
         super().__init__()
         dim, _, *patch = shapes["patch_embed.proj.weight"]
         conv = nn.Conv2d(3, dim, patch, patch, bias="patch_embed.proj.bias" in shapes)
@@ -308,7 +308,7 @@ class ViT(nn.Module):
         for name, shape in shapes.items():
             if match := re.match(r"blocks\.(\d+)\.(.+)", name):
                 blocks.setdefault(int(match[1]), {})[match[2]] = shape
-        self.blocks = nn.ModuleList(ViTBlock(blocks[i], heads, eps, quick_gelu) for i in sorted(blocks))
+        self.blocks = nn.ModuleList(ViTBlock(blocks[i], heads, eps, **block) for i in sorted(blocks))
         self.norm, self.fc_norm = nn.LayerNorm(dim, eps=eps), nn.Identity()
         depth, self.prefix = len(blocks), sum(shapes[n][1] for n in ("cls_token", "reg_token") if n in shapes)
         if not layers or not all(-depth <= layer < depth for layer in layers):

@@ -469,11 +469,20 @@ module.train(tyro.cli(module.Args))
 def test_ctrl_c_says_one_line(script, folder, tmp_path):
     words = command_line(script, data=folder, run_dir="run", epochs=400, workers=1)
     process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # a suite started in the background ignores it, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    wait_for_step(tmp_path / "run", 3, process)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        wait_for_step(tmp_path / "run", 3, process)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode not in (0, -signal.SIGINT) and "Traceback" not in errors
     assert "the same command continues" in errors.splitlines()[-1]
 
