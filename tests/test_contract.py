@@ -117,6 +117,7 @@ def test_amp_on_the_cpu(module, folder, tmp_path, amp):
     assert {tensor.dtype for tensor in state.values() if tensor.is_floating_point()} == {torch.float32}
 
 
+@pytest.mark.shared
 def test_two_processes_write_one_run(module, folder, tmp_path):
     flags = {"data": str(folder), "epochs": 1, "run_dir": "run", "device": "cpu"}
     code = f"""
@@ -130,9 +131,8 @@ if __name__ == "__main__":
     output = run_processes(tmp_path, code).stdout
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4, 5]
     assert output.count("effective learning rate") == 1 and "2 x cpu" in output
-    if module.__name__ == "simclr":
-        finished = run_processes(tmp_path, code).stdout  # the same command again
-        assert "step 5 of 5" in finished and len(metrics_of(tmp_path / "run")) == 5
+    finished = run_processes(tmp_path, code).stdout  # the same command again
+    assert "step 5 of 5" in finished and len(metrics_of(tmp_path / "run")) == 5
 
 
 # Section 4: data
@@ -419,7 +419,25 @@ def uninterrupted(script, folder, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.shared)])
+def test_an_interrupted_run_goes_on_bit_for_bit(module, folder, tmp_path, uninterrupted, monkeypatch):
+    save = module.save_checkpoint
+
+    def stop(path, **state):
+        save(path, **state)
+        if path.name == "checkpoint.pt" and state["step"] == 10:
+            raise KeyboardInterrupt
+
+    flags = {"data": str(folder), "epochs": 8, "run_dir": str(tmp_path / "run"), "checkpoint_every": 5}
+    monkeypatch.setattr(module, "save_checkpoint", stop)
+    with pytest.raises(SystemExit, match="interrupted .step 10.; the same command continues"):
+        module.train(tiny_args(module.__name__, **flags))
+    monkeypatch.undo()
+    module.train(tiny_args(module.__name__, **flags))
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("workers", [0, 2])
 def test_kill_and_the_same_command_again(script, folder, tmp_path, uninterrupted, workers):
     """40 steps = some more than 10, kill -9, the same command again: bit for bit, with any workers."""
     words = command_line(script, data=folder, epochs=8, run_dir="run", checkpoint_every=10, workers=workers)
@@ -466,6 +484,7 @@ module.train(tyro.cli(module.Args))
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
+@pytest.mark.shared
 def test_ctrl_c_says_one_line(script, folder, tmp_path):
     words = command_line(script, data=folder, run_dir="run", epochs=400, workers=1)
     process = subprocess.Popen(
