@@ -27,6 +27,7 @@ TINY = {
     "beit": {"tokens": 32, "tokenizer_dim": 8, "tokenizer_epochs": 1, "positions": "blocks"},
     "byol": {"hidden_dim": 64},
     "dino": {"out_dim": 64, "head_dim": 64, "local_crops": 2},
+    "ijepa": {"patch_size": 8, "predictor_depth": 1},
     "moco": {"queue_size": 64, "bn_splits": 2},
 }
 

@@ -33,6 +33,7 @@ PUBLIC = {  # DESIGN section 7
     "beit": "DVAE BEiT block_mask",
     "byol": "BYOL byol_loss momentum_update LARS",
     "dino": "VisionTransformer DINOHead dino_loss update_center dino_schedule momentum_update",
+    "ijepa": "IJEPA multiblock_masks apply_masks target_features ijepa_loss ijepa_schedule momentum_update",
     "mae": "MAE patchify unpatchify random_masking mae_loss",
     "moco": "MoCo info_nce enqueue momentum_update",
     "pretext": "rotate_batch jigsaw_permutations jigsaw_tiles rgb_to_lab lab_to_rgb ab_gamut",
