@@ -137,7 +137,7 @@ def test_places_of_blocks(grid):
     seen, hit = counts[False]
     assert (seen > 0).all() and (hit > 0).all()
     for sums in (hit.sum(dim=0), hit.sum(dim=1)):  # as likely above as below
-        torch.testing.assert_close(sums, sums.flip(0), atol=0, rtol=0.15)
+        torch.testing.assert_close(sums, sums.flip(0), atol=0, rtol=0.3)
     assert 0.7 < seen[0].sum() / seen[-1].sum() < 1.4
     seen, hit = counts[True]
     assert seen[-1].sum() == seen[:, -1].sum() == hit[-1].sum() == hit[:, -1].sum() == 0
