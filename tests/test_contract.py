@@ -546,6 +546,7 @@ SAFEGUARDS = {
     "beit": [(one_code, "perplexity 1.0")],
     "byol": [({"predictor": False}, "projections"), ({"stop_gradient": False}, "projections")],
     "dino": [({"centering": False, "momentum": 0.9}, "one-hot"), ({"sharpening": False}, "uniform")],
+    "ijepa": [({"stop_gradient": False}, "hardly differ"), ({"momentum": 0.0}, "hardly differ")],
     "mae": [(random_targets, "predicts the mean")],
     "moco": [({"negatives": False}, "directions|one way")],
     "pretext": [(random_turns, "it learns nothing")],
@@ -728,7 +729,15 @@ def test_starts_from_a_backbone(module, folder, tmp_path, capsys, monkeypatch):
     module.train(tiny_args(module.__name__, **flags, init=str(path), run_dir=str(tmp_path / "b")))
     assert re.search(rf"--init {re.escape(str(path))}: new are \w+", capsys.readouterr().out)
     assert json.loads((tmp_path / "b/args.json").read_text())["init"] == str(path)
-    encoders = {"", "backbone.", "encoder_q.", "encoder_k.", "online.backbone.", "target.backbone."}
+    encoders = {
+        "",
+        "backbone.",
+        "encoder.",
+        "encoder_q.",
+        "encoder_k.",
+        "online.backbone.",
+        "target.backbone.",
+    }
     for name, tensor in saved["state_dict"].items():
         ours = [start[encoder + name] for encoder in encoders if encoder + name in start]
         assert ours and all(torch.equal(start, tensor) for start in ours), name
