@@ -134,18 +134,15 @@ def multiblock_masks(
         left = torch.randint(room - width + 1, (n, batch_size, 1, 1), generator=generator)
         return ((top + torch.arange(height)[:, None]) * grid + left + torch.arange(width)).flatten(2)
 
-    def between(limits, share):
-        return limits[0] + share * (limits[1] - limits[0])
-
-    blocks = places(targets, between(target_scale, share), between(target_aspect, share))
+    area, aspect = (low + share * (high - low) for low, high in (target_scale, target_aspect))
+    context_area = context_scale[0] + context_share * (context_scale[1] - context_scale[0])
+    blocks = places(targets, area, aspect)
     context = torch.zeros(batch_size, grid**2, dtype=torch.bool)
     for attempt in range(20 * (targets + 1)):  # ends, whatever the grid
         short = context.sum(dim=1, keepdim=True) <= min_keep
         if not short.any():
             break
-        drawn = torch.zeros_like(context).scatter(
-            1, places(1, between(context_scale, context_share), 1)[0], True
-        )
+        drawn = torch.zeros_like(context).scatter(1, places(1, context_area, 1)[0], True)
         for block in blocks[: targets - attempt // 20]:
             drawn = drawn.scatter(1, block, False)
         context = torch.where(short, drawn, context)
