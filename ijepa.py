@@ -63,7 +63,7 @@ Arch = Literal["vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "vi
 class Args:
     data: str = "demo"  # demo, a folder of images in any layout, or a torchvision data set such as CIFAR10
     image_size: int = 32  # side of a view in pixels (paper: 224)
-    patch_size: int = 4  # side of a patch in pixels (paper: 14 or 16)
+    patch_size: int = 8  # side of a patch in pixels (paper: 14 or 16)
     min_scale: float = 0.3  # smallest area of a crop as a share of the image (paper: 0.3)
     targets: int = 4  # target blocks of an image, each predicted on its own (paper: 4)
     target_scale: tuple[float, float] = (0.15, 0.2)  # area of a target block, from to (paper: 0.15 0.2)
@@ -74,11 +74,11 @@ class Args:
     workers: int = 2  # processes that read images, for each training process
     arch: Arch = "vit_nano"  # encoder, 128 to 1280 wide (paper: vit_base to vit_huge)
     predictor_dim: int = 0  # width of the predictor; 0: by the encoder, 64 to 384 (paper: 384)
-    predictor_depth: int = 0  # its blocks; 0: by the encoder, 4 to 12 (paper: 6 for vit_base, else 12)
+    predictor_depth: int = 0  # its blocks; 0: by the encoder, 3 to 12 (paper: 6 for vit_base, else 12)
     stop_gradient: bool = True  # without, the target is the online network, which gets its gradient: watch it
-    momentum: float = 0.98  # of the moving average (paper: 0.996, rising to 1 in a line; always 0: as here)
-    epochs: int = 12  # passes over the data (paper: 300 to 600)
-    batch_size: int = 64  # images per step, of all processes together (paper: 2048)
+    momentum: float = 0.996  # of the moving average (paper: 0.996, rising to 1 in a line; always 0: as here)
+    epochs: int = 30  # passes over the data (paper: 300 to 600)
+    batch_size: int = 32  # images per step, of all processes together (paper: 2048)
     micro_batch_size: int = 0  # images per pass and process, 0: all; same gradient, BatchNorm apart
     lr: float = 1e-3  # learning rate (paper: 1e-3)
     start_lr: float = 0.0  # that at the start of the warm-up (paper: 2e-4)
@@ -182,12 +182,8 @@ class Block(nn.Module):
 
 VITS = {"vit_nano": (128, 6, 4), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6)}  # width, depth, heads
 VITS |= {"vit_base": (768, 12, 12), "vit_large": (1024, 24, 16), "vit_huge": (1280, 32, 16)}
-PREDICTORS = {
-    "vit_nano": (64, 4),
-    "vit_tiny": (96, 4),
-    "vit_small": (192, 6),
-    "vit_base": (384, 6),
-}  # or 384, 12
+PREDICTORS = {"vit_nano": (64, 3), "vit_tiny": (96, 4), "vit_small": (192, 6)}  # width, depth
+PREDICTORS |= {"vit_base": (384, 6), "vit_large": (384, 12), "vit_huge": (384, 12)}
 
 
 def sincos_positions(dim, side):
@@ -252,7 +248,7 @@ class IJEPA(nn.Module):
     def __init__(self, arch="vit_base", image_size=224, patch_size=16, predictor=(0, 0)):
         super().__init__()
         dim, _, heads = VITS[arch]
-        sizes = (a or b for a, b in zip(predictor, PREDICTORS.get(arch, (384, 12)), strict=True))
+        sizes = (a or b for a, b in zip(predictor, PREDICTORS[arch], strict=True))
         self.encoder = IJEPAEncoder(arch, image_size, patch_size)
         self.predictor = IJEPAPredictor(dim, image_size // patch_size, *sizes, heads)
         for layer in (layer for layer in self.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))):
