@@ -11,7 +11,8 @@ are the targets t. A narrow predictor g gets the context's features and, for eac
 M, the same mask token with that patch's position:
   L = mean over blocks M and patches i in M of  smooth-L1(g(f(context), positions of M)_i - t_i)
 No pixel is painted and no view is distorted. A constant would give L = 0. What keeps it away is that no
-gradient reaches the target, and its slowness; --no-stop-gradient and --momentum 0 take each away.
+gradient reaches the target, and its slowness; --no-stop-gradient and --momentum 0 take each away. L says
+little, its target moves; watch the effective rank, which falls at first and must rise again.
 
 Demo:   python ijepa.py
 Photos: python ijepa.py --data photos/ --image-size 96 --patch-size 8 --arch vit_tiny --epochs 300 \\

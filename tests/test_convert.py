@@ -415,9 +415,9 @@ def loaded(lines):
 def test_every_backbone_loads_in_timm_and_torchvision(script, folder):
     module = importlib.import_module(script)
     module.train(tiny_args(script, data=str(folder), epochs=1, run_dir="run"))
-    beit = script == "beit"  # torchvision has no place for its parts
-    backbone = load_backbone("run/backbone.pt", feature="cls" if beit else "auto")
-    for library in ("timm",) if beit else ("timm", "torchvision"):
+    backbone = load_backbone("run/backbone.pt", feature="cls" if script == "beit" else "auto")
+    timm_alone = script in ("beit", "ijepa")  # torchvision has no place for its parts, and always a [CLS]
+    for library in ("timm",) if timm_alone else ("timm", "torchvision"):
         args = convert.Args("run/backbone.pt", to=f"{library}.pth", export=library)
         same_features(backbone, loaded(convert.convert(args)))
     args = convert.Args("run/backbone.pt", to="weights.safetensors", export="safetensors")

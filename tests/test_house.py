@@ -24,7 +24,7 @@ LINES |= {
     "byol": 622,
     "moco": 653,
     "dino": 791,
-    "ijepa": 730,
+    "ijepa": 725,
     "eval_linear": 955,
 }
 PACKAGES = {"torch", "torchvision", "einops", "tyro", "tensorboard", "tqdm"}

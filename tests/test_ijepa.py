@@ -667,3 +667,14 @@ def test_paper_command_is_the_sheet_s():
     assert (args.targets, args.target_scale, args.target_aspect) == (4, (0.15, 0.2), (0.75, 1.5))
     assert (args.context_scale, args.min_keep, args.momentum) == ((0.85, 1.0), 10, 0.996)
     assert (args.predictor_dim, args.predictor_depth, args.stop_gradient) == (0, 0, True)
+
+
+@pytest.mark.slow
+def test_the_demo_learns(tmp_path):
+    """python ijepa.py: logistic regression and k-NN 5 points above the untrained ViT."""
+    ijepa.train(ijepa.Args(run_dir=str(tmp_path)))
+    for mode in ("logreg", "knn"):
+        scores = []
+        for name in (f"{tmp_path / 'backbone.pt'}", f"random:{tmp_path / 'backbone.pt'}"):
+            scores.append(eval_linear.evaluate(eval_linear.Args(backbone=name, mode=mode))["top1"])
+        assert scores[0] > scores[1] + 5, mode
