@@ -29,6 +29,7 @@ TINY = {
     "clip": {"text_depth": 1, "text_width": 64, "embed_dim": 64},
     "dino": {"out_dim": 64, "head_dim": 64, "local_crops": 2},
     "dinov2": {"out_dim": 64, "head_dim": 64, "local_crops": 2},
+    "ijepa": {"patch_size": 8, "predictor_depth": 1},
     "moco": {"queue_size": 64, "bn_splits": 2},
     "moco_v3": {"hidden_dim": 64},
 }

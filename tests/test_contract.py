@@ -595,6 +595,7 @@ SAFEGUARDS = {
     "clip": [(shuffled_captions, "found by chance")],
     "dino": [({"centering": False, "momentum": 0.9}, "one-hot"), ({"sharpening": False}, "uniform")],
     "dinov2": [({"centering": False, "momentum": 0.9}, "one-hot"), ({"sharpening": False}, "uniform")],
+    "ijepa": [({"stop_gradient": False}, "hardly differ"), ({"momentum": 0.0}, "hardly differ")],
     "mae": [(random_targets, "predicts the mean")],
     "moco": [({"negatives": False}, "directions|one way")],
     # with its own momentum z falls from 85 directions to 7.6 in 150 steps
@@ -789,7 +790,7 @@ def test_starts_from_a_backbone(module, script, folder, tmp_path, capsys, monkey
         start = {module.timm_name(name): tensor for name, tensor in tower.items()}
         saved["state_dict"]["cls_token"].squeeze_()
         saved["state_dict"]["pos_embed"].squeeze_()
-    encoders |= {"base_encoder.", "momentum_encoder."}
+    encoders |= {"encoder.", "base_encoder.", "momentum_encoder."}
     for name, tensor in saved["state_dict"].items():
         ours = [start[encoder + name] for encoder in encoders if encoder + name in start]
         assert ours and all(torch.equal(start, tensor) for start in ours), name

@@ -1,0 +1,680 @@
+"""ijepa.py against its fact sheet's oracles, timm and slow versions."""
+
+import copy
+import json
+import math
+import re
+import time
+
+import pytest
+import timm
+import torch
+import tyro
+from conftest import run_processes, tiny_args
+
+import eval_linear
+import ijepa
+from ijepa import (
+    IJEPA,
+    IJEPAEncoder,
+    apply_masks,
+    ijepa_loss,
+    ijepa_schedule,
+    momentum_update,
+    multiblock_masks,
+    target_features,
+    prediction_metrics,
+    target_moments,
+)
+
+
+def small(patch=4, **options):
+    """vit_nano for 32 px and patch 4: 64 patches; its predictor has one block."""
+    torch.manual_seed(0)
+    return IJEPA("vit_nano", 32, patch, **({"predictor": (64, 1)} | options)).eval()
+
+
+def images(n=3, size=32, seed=1):
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def masks(grid=8, n=3, seed=0, **options):
+    return multiblock_masks(grid, n, torch.Generator().manual_seed(seed), **({"min_keep": 4} | options))
+
+
+def shaken(model):
+    """Also where the initial value is 0 or 1."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * torch.randn_like(p) * p.requires_grad
+    return model
+
+
+# Masks: oracles 7 and 8, and the sheet's section 4
+
+
+def slow_size(grid, area, aspect, room):
+    """Height and width of a block, in the official steps."""
+    k = int(grid * grid * area)
+    height, width = round(math.sqrt(k * aspect)), round(math.sqrt(k / aspect))
+    while height > room:
+        height -= 1
+    while width > room:
+        width -= 1
+    return height, width
+
+
+def rectangle(indices, grid):
+    """(top, left, height, width) of raster indices that fill a rectangle."""
+    rows, columns = [i // grid for i in indices], [i % grid for i in indices]
+    top, left, height, width = (
+        min(rows),
+        min(columns),
+        max(rows) - min(rows) + 1,
+        max(columns) - min(columns) + 1,
+    )
+    assert indices == [
+        (top + y) * grid + left + x for y in range(height) for x in range(width)
+    ]  # in raster order, none missing
+    return top, left, height, width
+
+
+@pytest.mark.parametrize("official", [False, True])
+@pytest.mark.parametrize("grid, min_keep", [(8, 4), (14, 10)])
+def test_what_masks_must_be(grid, min_keep, official):
+    """One size, rectangles, disjoint, increasing, more than min_keep before they are cut to one length."""
+    room = grid - official
+    for seed in range(20):
+        context, blocks = masks(grid, 16, seed, min_keep=min_keep, official=official)
+        share, _ = torch.rand(2, generator=torch.Generator().manual_seed(seed)).tolist()
+        size = slow_size(grid, 0.15 + 0.05 * share, 0.75 + 0.75 * share, room)
+        assert context.shape[0] == 16 and blocks.shape == (4, 16, math.prod(size))
+        assert context.shape[1] > min_keep and (context.diff(dim=1) > 0).all()
+        for image in range(16):
+            kept, taken = set(context[image].tolist()), set()
+            for block in blocks[:, image].tolist():
+                top, left, *sides = rectangle(block, grid)
+                assert tuple(sides) == size and top + sides[0] <= room and left + sides[1] <= room
+                taken |= set(block)
+            assert not kept & taken
+            assert max(i // grid for i in kept) < room and max(i % grid for i in kept) < room
+
+
+@pytest.mark.parametrize(
+    "grid, sizes",
+    [
+        (8, {(3, 3), (4, 3)}),
+        (12, {(4, 5), (5, 5), (6, 5), (6, 4)}),
+        (14, {(5, 6), (6, 6), (6, 5), (7, 5), (8, 5)}),
+        (16, {(5, 7), (6, 7), (6, 6), (7, 6), (8, 6), (9, 6)}),
+    ],
+)
+def test_possible_sizes_of_targets(grid, sizes):
+    """The sheet's list, in both modes; some of a grid of 16 are rare."""
+    for official in (False, True):
+        found = set()
+        for seed in range(300):
+            _, blocks = masks(grid, 1, seed, official=official)
+            found.add(rectangle(blocks[0, 0].tolist(), grid)[2:])
+        assert found <= sizes and len(found) >= len(sizes) - 1
+
+
+@pytest.mark.parametrize("grid", [8, 14])
+def test_places_of_blocks(grid):
+    """Uniform by default; official: the last row and column are unused, the context begins in the corner."""
+    counts = {}
+    for official in (False, True):
+        seen, hit = torch.zeros(grid**2), torch.zeros(grid**2)
+        tops = []
+        for seed in range(1000 // 32 + 1):
+            context, blocks = masks(grid, 32, seed, official=official)
+            hit += torch.bincount(blocks.flatten(), minlength=grid**2)
+            seen += torch.bincount(context.flatten(), minlength=grid**2)
+            tops += [(block[0] // grid).item() for block in blocks[0]]
+        counts[official] = seen.view(grid, grid), hit.view(grid, grid)
+        assert min(tops) == 0
+    seen, hit = counts[False]
+    assert (seen > 0).all() and (hit > 0).all()
+    for sums in (hit.sum(dim=0), hit.sum(dim=1)):  # as likely above as below
+        torch.testing.assert_close(sums, sums.flip(0), atol=0, rtol=0.3)
+    assert 0.7 < seen[0].sum() / seen[-1].sum() < 1.4
+    seen, hit = counts[True]
+    assert seen[-1].sum() == seen[:, -1].sum() == hit[-1].sum() == hit[:, -1].sum() == 0
+    assert (seen[:-2, :-1] > 0).all() and (hit[:-1, :-1] > 0).all()
+    assert seen[0].sum() > 3 * seen[-2].sum()  # cut from below
+
+
+def test_official_context_is_the_corner():
+    """(g - 1) x (g - 1) less the targets, the first ones in raster order."""
+    context, blocks = masks(14, 8, 5, official=True)
+    for image in range(8):
+        taken = set(blocks[:, image].flatten().tolist())
+        left = [y * 14 + x for y in range(13) for x in range(13) if y * 14 + x not in taken]
+        assert context[image].tolist() == left[: context.shape[1]]
+    lengths = [169 - len(set(blocks[:, image].flatten().tolist())) for image in range(8)]
+    assert context.shape[1] == min(lengths)
+
+
+def test_length_of_official_contexts():
+    """Sheet: g = 14, B = 64: 54 on average after the cut; row 0 used by .75, row 12 by .03."""
+    lengths, used = [], torch.zeros(14)
+    for seed in range(40):
+        context, _ = masks(14, 64, seed, min_keep=10, official=True)
+        lengths.append(context.shape[1])
+        used += torch.bincount(context.flatten() // 14, minlength=14) / (40 * 64 * 13)
+    assert sum(lengths) / 40 == pytest.approx(54, abs=4)
+    assert used[0].item() == pytest.approx(0.75, abs=0.06) and used[12].item() < 0.08
+
+
+def test_a_random_part_of_the_context_is_kept():
+    """A batch of one keeps all; in others the cut falls on rows above and below alike."""
+    context, blocks = masks(8, 1, 1, context_scale=(1.0, 1.0))
+    assert sorted(context[0].tolist()) == sorted(set(range(64)) - set(blocks.flatten().tolist()))
+    rows = torch.zeros(8)
+    for seed in range(50):
+        context, _ = masks(8, 64, seed, context_scale=(1.0, 1.0))
+        rows += torch.bincount(context.flatten() // 8, minlength=8)
+    torch.testing.assert_close(rows, rows.flip(0), atol=0, rtol=0.1)
+
+
+def test_sampling_ends_on_every_grid():
+    """10,000 draws on grids of 4 to 16, too strict ones too, where the official loop never ends."""
+    start, draws = time.process_time(), 0
+    for grid in range(4, 17):
+        for seed in range(12):
+            for official in (False, True):
+                for min_keep in (4, 10):
+                    context, blocks = masks(grid, 32, seed, min_keep=min_keep, official=official)
+                    assert context.shape[1] > 0 and blocks.shape[2] > 0 and blocks.max() < grid**2
+                    draws += 32
+                    if grid >= 8 or min_keep == 4 and grid > 4:
+                        assert context.shape[1] > min_keep
+    assert draws > 10_000 and time.process_time() - start < 20
+    context, blocks = masks(4, 64, 0, min_keep=1000)  # no context can have so many: it may overlap targets
+    assert context.shape[1] >= 9
+
+
+def test_one_target_less_is_taken_out_when_the_context_is_short():
+    """Last first: with four targets of half the image each, contexts overlap the last ones alone."""
+    flags = {"target_scale": (0.45, 0.5), "target_aspect": (1.0, 1.0), "context_scale": (1.0, 1.0)}
+    overlaps = torch.zeros(4)
+    for seed in range(20):
+        context, blocks = masks(8, 32, seed, min_keep=25, **flags)
+        for image in range(32):
+            overlaps += torch.tensor(
+                [len(set(b.tolist()) & set(context[image].tolist())) > 0 for b in blocks[:, image]]
+            )
+    assert overlaps[0] == 0 < overlaps[1] <= overlaps[2] <= overlaps[3]
+
+
+def test_masks_are_random_by_their_generator_alone():
+    first, again, other = masks(seed=1), masks(seed=1), masks(seed=2)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert first[0].shape != other[0].shape or not torch.equal(first[0], other[0])
+
+
+# Tokens: oracles 3 and 4
+
+
+def test_apply_masks():
+    x = torch.arange(8.0).view(2, 4, 1)
+    picked = apply_masks(x, torch.tensor([[[0, 1], [2, 3]], [[1, 2], [0, 3]]]))
+    assert picked[..., 0].tolist() == [[0, 1], [6, 7], [1, 2], [4, 7]]
+
+
+# The model: oracles 9, 10 and 11
+
+
+def test_the_encoder_is_timm_s_vit():
+    encoder, x = shaken(IJEPAEncoder("vit_nano", 32, 4)), images()
+    options = {
+        "img_size": 32,
+        "patch_size": 4,
+        "embed_dim": 128,
+        "depth": 6,
+        "num_heads": 4,
+        "num_classes": 0,
+    }
+    theirs = timm.models.VisionTransformer(
+        **options, class_token=False, global_pool="avg", fc_norm=False
+    ).eval()
+    theirs.load_state_dict(encoder.state_dict())
+    with torch.no_grad():
+        tokens = encoder(x)
+        torch.testing.assert_close(tokens, theirs.forward_features(x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(tokens.mean(dim=1), theirs(x), atol=1e-5, rtol=1e-5)
+        everything = torch.arange(64).repeat(3, 1)
+        torch.testing.assert_close(encoder(x, everything), tokens)
+
+
+def test_positions_are_added_before_the_mask():
+    encoder, x, (context, _) = shaken(IJEPAEncoder("vit_nano", 32, 4)), images(), masks()
+    tokens = encoder.patch_embed(x).flatten(2).mT + encoder.pos_embed
+    rows = torch.stack([tokens[i, context[i]] for i in range(3)])
+    torch.testing.assert_close(encoder(x, context), encoder.norm(encoder.blocks(rows)))
+
+
+def test_positions_by_the_numbers():
+    """As MAE's, without the row of [CLS]: column first."""
+    table = IJEPA("vit_nano", 8, 4, (8, 1)).predictor.predictor_pos_embed[0]
+    expected = [[0, 0, 1, 1, 0, 0, 1, 1], [0.841471, 0.01, 0.540302, 0.99995, 0, 0, 1, 1]]
+    torch.testing.assert_close(table[:2], torch.tensor(expected), atol=1e-6, rtol=0)
+    expected = torch.tensor([0, 0, 1, 1, 0.841471, 0.01, 0.540302, 0.99995])
+    torch.testing.assert_close(table[2], expected, atol=1e-6, rtol=0)
+
+
+def test_each_block_is_predicted_on_its_own():
+    """Row (block b, image i) is that pair alone; the order of the context does not matter."""
+    model, x, (context, blocks) = shaken(small()), images(), masks()
+    with torch.no_grad():
+        pred = model(x, context, blocks)
+        assert pred.shape == (12, blocks.shape[2], 128)
+        for b in range(4):
+            for i in range(3):
+                alone = model(x[i : i + 1], context[i : i + 1], blocks[b : b + 1, i : i + 1])
+                torch.testing.assert_close(pred[3 * b + i], alone[0], atol=1e-5, rtol=1e-5)
+        order = torch.randperm(context.shape[1])
+        shuffled = model(x, context[:, order], blocks)
+        torch.testing.assert_close(shuffled, pred, atol=1e-5, rtol=1e-5)
+        assert (pred[0, 0] - pred[0, 1]).abs().max() > 1e-3  # mask tokens have positions
+
+
+def test_slow_predictor():
+    """For one image and block: embed, add positions, mask tokens with positions, blocks, norm, project."""
+    model, x, (context, blocks) = shaken(small()), images(1), masks(n=1)
+    net, where = model.predictor, model.predictor.predictor_pos_embed[0]
+    with torch.no_grad():
+        latent = model.encoder(x, context)[0]
+        known = [net.predictor_embed(latent[k]) + where[i] for k, i in enumerate(context[0])]
+        asked = [net.mask_token[0, 0] + where[i] for i in blocks[2, 0]]
+        y = net.predictor_blocks(torch.stack(known + asked)[None])[0, len(known) :]
+        expected = net.predictor_proj(net.predictor_norm(y))
+        torch.testing.assert_close(model(x, context, blocks)[2], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_pixels_outside_the_context_do_not_reach_the_encoder():
+    model, x, (context, blocks) = small(), images(), masks()
+    outside = torch.ones(3, 64).scatter(1, context, 0.0).view(3, 1, 8, 8)
+    changed = x + 10 * torch.nn.functional.interpolate(outside, scale_factor=4)
+    with torch.no_grad():
+        assert torch.equal(model.encoder(changed, context), model.encoder(x, context))
+        assert not torch.equal(model.encoder(changed), model.encoder(x))
+        pred, tokens = model(x, context, blocks, whole=True)
+        assert torch.equal(pred, model(x, context, blocks)) and torch.equal(tokens, model.encoder(x))
+
+
+def test_what_learns_and_what_does_not():
+    model, (context, blocks) = small(), masks()
+    target_encoder = copy.deepcopy(model.encoder).requires_grad_(False)
+    target = apply_masks(target_features(target_encoder(images())), blocks)
+    ijepa_loss(model(images(), context, blocks), target).backward()
+    fixed = {name for name, p in model.named_parameters() if p.grad is None}
+    assert fixed == {"encoder.pos_embed", "predictor.predictor_pos_embed"}
+    assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.grad is not None)
+    assert all(p.grad is None for p in target_encoder.parameters()) and not target.requires_grad
+
+
+def test_initialisation():
+    """Official: all weights trunc normal .02, no rescaling by depth; convolutions as at patch 16."""
+    model = IJEPA("vit_small", 32, 16)
+    assert model.encoder.patch_embed.proj.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    patch4 = IJEPA("vit_small", 32, 4).encoder.patch_embed.proj
+    assert patch4.weight.std().item() == pytest.approx(0.08, rel=0.02) and patch4.bias.abs().max() == 0
+    for layer in (
+        model.encoder.blocks[-1].attn.proj,
+        model.encoder.blocks[-1].mlp.fc2,
+        model.predictor.predictor_proj,
+    ):
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.02) and layer.bias.abs().max() == 0
+    assert model.predictor.mask_token.std().item() == pytest.approx(0.02, rel=0.2)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)]
+    assert all(m.weight.eq(1).all() and m.bias.eq(0).all() and m.eps == 1e-6 for m in norms)
+
+
+def official_shapes(dim, depth, patch, patches, width, predictor_depth):
+    """{name: shape} of the sheet's section 6, of encoder and predictor."""
+
+    def block(prefix, d):
+        shapes = {f"{n}.{p}": (d,) for n in ("norm1", "norm2") for p in ("weight", "bias")}
+        for name, size in (
+            ("attn.qkv", (3 * d, d)),
+            ("attn.proj", (d, d)),
+            ("mlp.fc1", (4 * d, d)),
+            ("mlp.fc2", (d, 4 * d)),
+        ):
+            shapes |= {f"{name}.weight": size, f"{name}.bias": size[:1]}
+        return {f"{prefix}.{name}": shape for name, shape in shapes.items()}
+
+    encoder = {"pos_embed": (1, patches, dim), "patch_embed.proj.weight": (dim, 3, patch, patch)}
+    encoder |= {"patch_embed.proj.bias": (dim,), "norm.weight": (dim,), "norm.bias": (dim,)}
+    predictor = {"mask_token": (1, 1, width), "predictor_pos_embed": (1, patches, width)}
+    predictor |= {"predictor_embed.weight": (width, dim), "predictor_embed.bias": (width,)}
+    predictor |= {"predictor_norm.weight": (width,), "predictor_norm.bias": (width,)}
+    predictor |= {"predictor_proj.weight": (dim, width), "predictor_proj.bias": (dim,)}
+    for i in range(depth):
+        encoder |= block(f"blocks.{i}", dim)
+    for i in range(predictor_depth):
+        predictor |= block(f"predictor_blocks.{i}", width)
+    return encoder, predictor
+
+
+def test_official_names_load_strictly():
+    """The sheet's example: Ti, patch 8, 32 px, predictor 96 wide; "module." of DDP stripped."""
+    encoder, predictor = official_shapes(192, 12, 8, 16, 96, 4)
+    file = {
+        "encoder": {f"module.{k}": torch.randn(v) for k, v in encoder.items()},
+        "predictor": {f"module.{k}": torch.randn(v) for k, v in predictor.items()},
+    }
+    model = IJEPA("vit_tiny", 32, 8)
+    for name, part in file.items():
+        state = {k.removeprefix("module."): v for k, v in part.items()}
+        getattr(model, name).load_state_dict(state, strict=True)
+    assert {k for k, _ in model.state_dict().items()} == {f"encoder.{k}" for k in encoder} | {
+        f"predictor.{k}" for k in predictor
+    }
+
+
+@pytest.mark.parametrize(
+    "arch, patch, millions, predictor",
+    [("vit_tiny", 16, 5.49, None), ("vit_small", 16, 21.59, None), ("vit_base", 16, 85.65, 11.24)],
+)
+def test_sizes(arch, patch, millions, predictor):
+    with torch.device("meta"):
+        model = IJEPA(arch, 224, patch)
+        huge = IJEPA("vit_huge", 224, 14)
+    count = lambda net: sum(p.numel() for p in net.parameters() if p.requires_grad) / 1e6  # noqa: E731
+    assert count(model.encoder) == pytest.approx(millions, abs=0.005)
+    if predictor:
+        assert count(model.predictor) == pytest.approx(predictor, abs=0.005)
+    block = huge.predictor.predictor_blocks[0]
+    assert (
+        len(huge.predictor.predictor_blocks) == 12
+        and block.attn.heads == 16
+        and len(block.norm1.weight) == 384
+    )
+    assert {name: heads for name, (_, _, heads) in ijepa.VITS.items()} == eval_linear.HEADS
+
+
+# The loss: oracles 1 and 2
+
+
+def test_loss_by_the_numbers():
+    pred = torch.tensor([0.0, 0.5, 2, -3])
+    assert ijepa_loss(pred, torch.zeros(4)).item() == 1.03125
+    target = torch.randn(64, 20, 128, generator=torch.Generator().manual_seed(0))
+    assert ijepa_loss(0 * target, target).item() == pytest.approx(0.4246, abs=2e-3)
+    assert ijepa_loss(pred.bfloat16(), torch.zeros(4)).dtype == torch.float32
+
+
+def test_targets_have_mean_0_and_variance_1():
+    target = target_features(5 + 3 * torch.randn(4, 16, 128))
+    torch.testing.assert_close(target.mean(dim=2), torch.zeros(4, 16), atol=1e-6, rtol=0)
+    torch.testing.assert_close(target.var(dim=2, correction=0), torch.ones(4, 16), atol=1e-5, rtol=0)
+
+
+def test_loss_of_a_batch_is_the_slow_one():
+    model, x, (context, blocks) = shaken(small()), images(), masks()
+    with torch.no_grad():
+        tokens = model.encoder(x)
+        loss = ijepa_loss(model(x, context, blocks), apply_masks(target_features(tokens), blocks)).item()
+        slow, count = 0.0, 0
+        for i in range(3):
+            latent = model.encoder(x[i : i + 1], context[i : i + 1])
+            for b in range(4):
+                pred = model.predictor(latent, context[i : i + 1], blocks[b : b + 1, i : i + 1])[0]
+                for k, place in enumerate(blocks[b, i].tolist()):
+                    t = tokens[i, place]
+                    t = (t - t.mean()) / (t.var(correction=0) + 1e-5).sqrt()
+                    for d in (pred[k] - t).abs().tolist():
+                        slow, count = slow + (0.5 * d * d if d < 1 else d - 0.5), count + 1
+    assert loss == pytest.approx(slow / count, rel=1e-4)
+
+
+# Schedules: oracles 5 and 6
+
+
+def test_schedules_by_the_numbers():
+    rates = [ijepa_schedule(step, 12, 4, 1e-3, 1e-6, 2e-4) for step in range(12)]
+    expected = [4e-4, 6e-4, 8e-4, 1e-3, 9.62e-4, 8.54e-4, 6.92e-4, 5.01e-4, 3.09e-4, 1.47e-4, 3.9e-5, 1e-6]
+    assert rates == pytest.approx(expected, abs=6e-7)
+    decays = [ijepa_schedule(step, 12, 0, 0.04, 0.4) for step in range(12)]
+    expected = [0.04613, 0.06412, 0.09272, 0.13, 0.17341, 0.22, 0.26659, 0.31, 0.34728, 0.37588, 0.39387, 0.4]
+    assert decays == pytest.approx(expected, abs=6e-6)
+    assert [ijepa_schedule(step, 4, 4, 1.0) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]  # warm-up alone
+
+
+def test_moving_average():
+    q, k = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    q0, k0 = q.weight.detach().clone(), k.weight.detach().clone()
+    momentum_update(q, k, 1.0)
+    assert torch.equal(k.weight, k0)
+    momentum_update(q, k, 0.9)
+    torch.testing.assert_close(k.weight, 0.9 * k0 + 0.1 * q0)
+    momentum_update(q, k, 0.0)
+    assert torch.equal(k.weight, q0)
+
+
+# Monitor
+
+
+def test_target_metrics():
+    torch.manual_seed(0)
+    noise, place = torch.randn(512, 4, 32), torch.randn(1, 4, 32)
+
+    def of(target, error=0.0):
+        return prediction_metrics(target_moments(target), torch.tensor(error))
+
+    assert of(noise)["target_variance"] == pytest.approx(1, abs=0.01)
+    assert of(place.expand(512, -1, -1))["target_variance"] == pytest.approx(0, abs=1e-6)
+    mixed = 0.6 * noise + 0.8 * place  # by place alone .64, by image .36
+    assert of(mixed)["target_variance"] == pytest.approx(0.36, abs=0.01)
+    assert of(mixed, 0.36)["r2"] == pytest.approx(0, abs=0.03) and of(mixed)["r2"] == 1
+    whole = target_moments(mixed)
+    parts = 0.75 * target_moments(mixed[:384]) + 0.25 * target_moments(mixed[384:])
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_picture_shows_what_the_networks_saw():
+    x, (context, blocks) = images(2), masks(n=2)
+    pixels = (x * torch.tensor(ijepa.STD).view(3, 1, 1) + torch.tensor(ijepa.MEAN).view(3, 1, 1)).clamp(0, 1)
+    picture = ijepa.masks_picture(x, context, blocks, 4).float() / 255
+    assert picture.shape == (3, 30 + 2 * 100 + 4, 6 * 100 + 4)
+    for column, indices in enumerate((torch.arange(64).repeat(2, 1), context, *blocks)):
+        for row in range(2):
+            panel = picture[:, 34 + 100 * row : 130 + 100 * row, 4 + 100 * column : 100 + 100 * column]
+            shown = torch.zeros(64).scatter(0, indices[row], 1.0).view(8, 8)
+            shown = shown.repeat_interleave(12, 0).repeat_interleave(12, 1)
+            image = pixels[row].repeat_interleave(3, 1).repeat_interleave(3, 2)
+            torch.testing.assert_close(panel, torch.where(shown > 0, image, 0.5), atol=1.1 / 255, rtol=0)
+
+
+# Training
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_schedules_groups_and_moving_average_of_a_run(folder, tmp_path, monkeypatch):
+    seen, states, step, save = [], [], torch.optim.AdamW.step, ijepa.save_checkpoint
+
+    def spy(self, *arguments):
+        groups = self.param_groups
+        seen.append([(group["lr"], group["weight_decay"], group["betas"], group["eps"]) for group in groups])
+        sizes = [{p.ndim for p in group["params"]} for group in groups]
+        assert max(sizes[1]) == 1 < min(sizes[0])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    monkeypatch.setattr(
+        ijepa, "save_checkpoint", lambda path, **s: states.append(copy.deepcopy(s)) or save(path, **s)
+    )
+    flags = {"lr": 0.01, "start_lr": 0.002, "momentum": 0.9, "checkpoint_every": 1, "epochs": 2}
+    ijepa.train(tiny_args("ijepa", data=str(folder), run_dir=str(tmp_path), **flags))
+    rates = [ijepa_schedule(i, 10, 5, 0.01, 1e-5, 0.002) for i in range(10)]
+    decays = [ijepa_schedule(i, 10, 0, 0.04, 0.4) for i in range(10)]
+    usual = (0.9, 0.999), 1e-8
+    assert seen == [[(a, b, *usual), (a, 0.0, *usual)] for a, b in zip(rates, decays, strict=True)]
+    lines = lines_of(tmp_path)
+    assert [line["train/lr"] for line in lines] == rates
+    assert [line["ijepa/momentum"] for line in lines] == pytest.approx([0.9 + 0.01 * i for i in range(10)])
+    states = [state for state in states if "optimizer" in state]
+    name = "blocks.0.attn.qkv.weight"
+    for i in range(1, 10):  # after the step, of the encoder that it left
+        before, after, m = states[i - 1]["target_encoder"], states[i], 0.9 + 0.01 * i
+        expected = m * before[name] + (1 - m) * after["model"][f"encoder.{name}"]
+        torch.testing.assert_close(after["target_encoder"][name], expected, atol=1e-7, rtol=1e-5)
+    for part in (states[-1]["target_encoder"]["pos_embed"], states[-1]["model"]["encoder.pos_embed"]):
+        assert torch.equal(part, ijepa.sincos_positions(128, 4)[:, 1:])
+
+
+def test_momentum_0_stays_0(folder, tmp_path):
+    flags = {"data": str(folder), "momentum": 0.0, "epochs": 1, "run_dir": str(tmp_path)}
+    ijepa.train(tiny_args("ijepa", **flags))
+    assert {line["ijepa/momentum"] for line in lines_of(tmp_path)} == {0.0}
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert all(torch.equal(state["model"][f"encoder.{k}"], v) for k, v in state["target_encoder"].items())
+
+
+def test_a_run_passes_its_flags_on(folder, tmp_path, monkeypatch):
+    """Masks of the flags reach the network, which sees normalised crops; the targets are of whole images."""
+    drawn, asked, crops, losses = [], [], [], []
+    draw, read, forward, loss = (
+        ijepa.multiblock_masks,
+        ijepa.Images.__getitem__,
+        IJEPA.forward,
+        ijepa.ijepa_loss,
+    )
+    monkeypatch.setattr(ijepa, "multiblock_masks", lambda *a: drawn.append(a) or draw(*a))
+    monkeypatch.setattr(ijepa.Images, "__getitem__", lambda *a: crops.append(read(*a)) or crops[-1])
+    monkeypatch.setattr(IJEPA, "forward", lambda self, *a, **k: asked.append(a) or forward(self, *a, **k))
+    monkeypatch.setattr(ijepa, "ijepa_loss", lambda *a: losses.append(a) or loss(*a))
+    flags = {
+        "targets": 2,
+        "target_scale": (0.2, 0.3),
+        "target_aspect": (1.0, 1.0),
+        "context_scale": (0.9, 1.0),
+    }
+    flags |= {
+        "min_keep": 3,
+        "official_masks": True,
+        "epochs": 1,
+        "picture_every": 2,
+        "run_dir": str(tmp_path),
+    }
+    ijepa.train(tiny_args("ijepa", data=str(folder), **flags))
+    grid, batch_size, _, *options = drawn[0]
+    assert (grid, batch_size) == (4, 8) and options == [2, (0.2, 0.3), (1.0, 1.0), (0.9, 1.0), 3, True]
+    pixels = torch.stack([crop for (crop,) in crops[:8]]) / 255
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    x, context, blocks = asked[0]
+    torch.testing.assert_close(x, (pixels - mean) / std)
+    assert len(blocks) == 2 and not any(
+        blocks.eq(other[2]).all() for other in asked[1:] if blocks.shape == other[2].shape
+    )
+    torch.manual_seed(0)
+    model = IJEPA("vit_nano", 32, 8, (0, 1))
+    with torch.no_grad():
+        target = apply_masks(target_features(model.encoder(x)), blocks)
+        torch.testing.assert_close(losses[0][1], target, atol=1e-5, rtol=1e-5)
+    names = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert names == [f"masks-{step:06d}.png" for step in (2, 4, 5)] + ["views.png"]
+
+
+def test_training_is_the_same_in_chunks_and_in_processes(tmp_path):
+    """1 process = chunks = 2 processes = 2 in chunks."""
+    code = """
+import ijepa
+args = ijepa.Args(
+    data="photos", image_size=16, patch_size=4, batch_size=24, epochs=1, warmup_epochs=0.01, workers=0,
+    log_every=1, micro_batch_size=MICRO, run_dir="RUN", predictor_depth=1, momentum=0.9,
+)
+ijepa.train(args)
+"""
+    (tmp_path / "photos").mkdir()
+    for i in range(96):
+        ijepa.demo_image(i)[0].save(tmp_path / "photos" / f"{i:03d}.png")
+    curves, states = {}, {}
+    for n, micro in ((1, 0), (1, 5), (2, 5)):
+        name = f"run{n}{micro}"
+        run_processes(tmp_path, code.replace("MICRO", str(micro)).replace("RUN", name), n)
+        curves[name] = lines = lines_of(tmp_path / name)
+        states[name] = torch.load(tmp_path / name / "backbone.pt", weights_only=True)["state_dict"]
+        assert len(lines) == 4
+        for line, first in zip(lines, curves["run10"], strict=True):
+            for tag in first.keys() - {"perf/images_per_second", "perf/data_wait"}:
+                assert line[tag] == pytest.approx(first[tag], rel=3e-4, abs=3e-5), (name, tag)
+        for key, tensor in states["run10"].items():
+            torch.testing.assert_close(states[name][key], tensor, atol=3e-4, rtol=1e-3)
+    assert lines[0]["train/loss"] != pytest.approx(lines[-1]["train/loss"], rel=1e-3)
+
+
+def test_without_stop_gradient_the_target_is_the_encoder(folder, tmp_path, monkeypatch):
+    targets, loss = [], ijepa.ijepa_loss
+    monkeypatch.setattr(ijepa, "ijepa_loss", lambda *a: targets.append(a[1]) or loss(*a))
+    for stop in (True, False):
+        flags = {"stop_gradient": stop, "epochs": 1, "run_dir": str(tmp_path / str(stop))}
+        ijepa.train(tiny_args("ijepa", data=str(folder), **flags))
+    assert [target.requires_grad for target in targets] == [False] * 5 + [True] * 5
+
+
+def test_exported_backbone_is_the_target_encoder(folder, tmp_path):
+    """eval_linear.py's ViT on backbone.pt gives the mean of the target encoder's tokens."""
+    ijepa.train(tiny_args("ijepa", data=str(folder), epochs=1, momentum=0.5, run_dir=str(tmp_path)))
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    encoder = IJEPAEncoder("vit_nano", 32, 8)
+    encoder.load_state_dict(state["target_encoder"])
+    assert not torch.equal(
+        encoder.blocks[0].attn.qkv.weight, state["model"]["encoder.blocks.0.attn.qkv.weight"]
+    )
+    backbone = eval_linear.load_backbone(str(tmp_path / "backbone.pt")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            backbone.net(images()), encoder(images()).mean(dim=1), atol=1e-5, rtol=1e-5
+        )
+        assert backbone.net(images(size=48)).shape == (3, 128)  # positions of another size
+    untrained = eval_linear.load_backbone(f"random:{tmp_path / 'backbone.pt'}").net
+    torch.testing.assert_close(untrained.pos_embed, encoder.pos_embed)
+    with pytest.raises(SystemExit, match="the network has no .CLS., use mean"):
+        eval_linear.load_backbone(str(tmp_path / "backbone.pt"), feature="cls")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"patch_size": 5}, "--image-size 32: give a multiple, 4 or more times --patch-size 5"),
+        ({"patch_size": 16}, "--image-size 32: give a multiple, 4 or more times --patch-size 16"),
+        ({"predictor_dim": 30}, "--predictor-dim 30: give a multiple of 4 and of 4 heads"),
+        ({"target_scale": (0.2, 1.5)}, "--target-scale (0.2, 1.5): must be above 0, at most 1"),
+        ({"target_aspect": (0.0, 1.5)}, "--target-aspect (0.0, 1.5): must be above 0"),
+        ({"targets": 0}, "--targets 0: must be above 0"),
+        ({"momentum": 1.5}, "--momentum 1.5: must be 0 or more, at most 1"),
+    ],
+)
+def test_bad_flags(tmp_path, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        ijepa.train(tiny_args("ijepa", run_dir=str(tmp_path / "run"), **flags))
+    assert message in str(stop.value) and not (tmp_path / "run").exists()
+
+
+def test_paper_command_is_the_sheet_s():
+    command = re.search(r"torchrun --nproc-per-node 16 ijepa\.py(.*?)(?<!\\)\n", ijepa.__doc__, re.S)[1]
+    args = tyro.cli(ijepa.Args, args=command.replace("\\\n", " ").split())
+    assert (args.image_size, args.patch_size, args.arch, args.min_scale) == (224, 14, "vit_huge", 0.3)
+    assert (args.epochs, args.batch_size, args.warmup_epochs) == (300, 2048, 40)
+    assert (args.lr, args.start_lr, args.weight_decay, args.final_weight_decay) == (1e-3, 2e-4, 0.04, 0.4)
+    assert (args.targets, args.target_scale, args.target_aspect) == (4, (0.15, 0.2), (0.75, 1.5))
+    assert (args.context_scale, args.min_keep, args.momentum) == ((0.85, 1.0), 10, 0.996)
+    assert (args.predictor_dim, args.predictor_depth, args.stop_gradient) == (0, 0, True)
+
+
+@pytest.mark.slow
+def test_the_demo_learns(tmp_path):
+    """python ijepa.py: logistic regression and k-NN 5 points above the untrained ViT."""
+    ijepa.train(ijepa.Args(run_dir=str(tmp_path)))
+    for mode in ("logreg", "knn"):
+        scores = []
+        for name in (f"{tmp_path / 'backbone.pt'}", f"random:{tmp_path / 'backbone.pt'}"):
+            scores.append(eval_linear.evaluate(eval_linear.Args(backbone=name, mode=mode))["top1"])
+        assert scores[0] > scores[1] + 5, mode
