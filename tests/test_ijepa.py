@@ -22,8 +22,8 @@ from ijepa import (
     ijepa_schedule,
     momentum_update,
     multiblock_masks,
-    target_features,
     prediction_metrics,
+    target_features,
     target_moments,
 )
 
