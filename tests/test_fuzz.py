@@ -33,7 +33,7 @@ RANGES = {  # what would take minutes, or means something else, is left out
     "local_size": SIZES,
     "patch_size": st.sampled_from([0, 2, 4, 5, 8, 16]),
     "batch_size": st.sampled_from([0, 1, 2, 3, 4, 6, 8, 16, 17]),
-    "seed": st.sampled_from([-1, 0, 1, 2**32, 2**63, 2**64]),
+    "seed": st.sampled_from([-1, 0, 1, 2**32, 2**63]),
     "tokenizer_layers": st.sampled_from([0, 1, 2, 3]),
     "amp": st.sampled_from(["auto", "off", "bf16"]),
     "arch": st.sampled_from(["vit_nano", "resnet18"]),
