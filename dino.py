@@ -351,7 +351,10 @@ def collapse_metrics(features, center=False):
     z = gather(features.detach().float())
     z = (z.cpu() if z.is_mps else z).double()
     unit = F.normalize(z, dim=1)
-    std, spread = z.shape[1] ** 0.5 * unit.std(dim=0).mean(), 1 - unit.mean(dim=0).square().sum()
+    std, spread = (
+        z.shape[1] ** 0.5 * unit.std(dim=0, correction=min(1, len(unit) - 1)).mean(),
+        1 - unit.mean(dim=0).square().sum(),
+    )
     centered = z - z.mean(dim=0) if center else z
     rank = torch.ones(())  # of nearly constant rows, whose rounding noise would have a high one
     if centered.norm() > 1e-3 * z.norm():
@@ -508,10 +511,11 @@ class Images(Dataset):
 def check_flags(args, may_be_zero, **at_most):
     """SystemExit unless all numbers are above 0, or 0 if in may_be_zero, and at most at_most[name]."""
     for name, value in asdict(args).items():
-        least, most = 0 if name in may_be_zero else 1e-12, at_most.get(name, math.inf)
+        least, limit = 0 if name in may_be_zero else 1e-12, 2**63 - 1 if name == "seed" else math.inf
+        most = at_most.get(name, limit)
         numbers = [x for x in (value if isinstance(value, tuple) else [value]) if type(x) in (int, float)]
         if not all(least <= number <= most for number in numbers):
-            allowed = ("above 0" if least else "0 or more") + (f", at most {most}" if name in at_most else "")
+            allowed = ("above 0" if least else "0 or more") + (f", at most {most}" if most < math.inf else "")
             raise SystemExit(f"--{name.replace('_', '-')} {value}: must be {allowed}")
 
 
@@ -586,6 +590,16 @@ def export_backbone(folder, method, args, dim, weights, **arch_args):
     save_checkpoint(folder / "backbone.pt", **info, mean=MEAN, std=STD, feature_dim=dim, state_dict=weights)
 
 
+def restore(parts, checkpoint, folder):
+    """Give each of the parts its state in the checkpoint; SystemExit if one does not fit."""
+    for name in (part for part in parts if checkpoint.get(part)):
+        try:
+            parts[name].load_state_dict(checkpoint[name])
+        except (RuntimeError, ValueError, KeyError) as error:  # of another version of the file
+            words = f"{folder}/checkpoint.pt does not fit ({' '.join(str(error).split())[:150]})"
+            raise SystemExit(f"{words}: use another --run-dir, or --restart")
+
+
 def open_run(args, method, rank):
     """The run folder and the checkpoint in it, or {}; SystemExit if it holds another run."""
     flags = {"method": method} | {k: v for k, v in asdict(args).items() if k not in NOT_TRAINING}
@@ -595,21 +609,25 @@ def open_run(args, method, rank):
     record, path = folder / "args.json", folder / "checkpoint.pt"
     if folder.is_file():
         raise SystemExit(f"--run-dir {folder}: is a file, must be a folder")
-    if record.exists() and not args.restart:
-        ours, new = json.loads(json.dumps(flags)), {k: getattr(type(args), k, None) for k in flags}
-        held = json.loads(json.dumps(new)) | json.loads(record.read_text())  # flags newer than the run
-        other = ", ".join(f"--{k.replace('_', '-')} {held.get(k)}" for k in ours if held.get(k) != ours[k])
-        if other:
-            raise SystemExit(f"{folder} holds a run with {other}: use another --run-dir, or --restart")
-    checkpoint = load_checkpoint(path, method) if path.exists() and not args.restart else {}
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        if args.restart:
-            path.unlink(missing_ok=True)
-        Path(f"{record}.tmp").write_text(json.dumps(flags | asdict(args), indent=1))
-        os.replace(f"{record}.tmp", record)
-        with open(folder / "metrics.jsonl", "a") as log:
-            log.truncate(min(log.tell(), checkpoint.get("logged", 0)))  # what came after is done again
+    try:
+        if record.exists() and not args.restart:
+            ours, new = json.loads(json.dumps(flags)), {k: getattr(type(args), k, None) for k in flags}
+            held = json.loads(json.dumps(new)) | json.loads(record.read_text())  # flags newer than the run
+            differ = [k for k in ours if held.get(k) != ours[k]]
+            other = ", ".join(f"--{k.replace('_', '-')} {held.get(k)}" for k in differ)
+            if other:
+                raise SystemExit(f"{folder} holds a run with {other}: use another --run-dir, or --restart")
+        checkpoint = load_checkpoint(path, method) if path.exists() and not args.restart else {}
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            if args.restart:
+                path.unlink(missing_ok=True)
+            Path(f"{record}.tmp").write_text(json.dumps(flags | asdict(args), indent=1))
+            os.replace(f"{record}.tmp", record)
+            with open(folder / "metrics.jsonl", "a") as log:
+                log.truncate(min(log.tell(), checkpoint.get("logged", 0)))  # what came after is done again
+    except (OSError, ValueError, TypeError) as error:
+        raise SystemExit(f"{record}: {error}; use another --run-dir, or --restart")
     return folder, checkpoint
 
 
@@ -657,8 +675,7 @@ def train(args: Args) -> dict:
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     moving = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": scaler}
     step, metrics, alarm = (checkpoint.get(*pair) for pair in (("step", 0), ("metrics", {}), ("alarm", {})))
-    for name in (part for part in moving if checkpoint.get(part)):
-        moving[name].load_state_dict(checkpoint[name])
+    restore(moving, checkpoint, run)
     for part in (*student, *teacher) if args.compile else ():
         part.compile()
     net = student
@@ -718,7 +735,7 @@ def train(args: Args) -> dict:
             saves = step % args.checkpoint_every == 0 or step == total
             if logs or saves:  # only here does a step wait for the device
                 grad_norm = torch.stack(norms).norm()
-                if not torch.isfinite(loss if scaler.is_enabled() else loss + grad_norm):
+                if not torch.isfinite(loss if scaler.get_scale() > 1 else loss + grad_norm):
                     raise SystemExit(f"step {step}: loss {loss:g}, gradient {grad_norm:g}; lower --base-lr")
             scaler.step(optimizer)
             scaler.update()
@@ -749,7 +766,8 @@ def train(args: Args) -> dict:
                     metrics["monitor/alarm"] = collapse_alarm(alarm, step, armed_after, problems)
                     for tag, value in metrics.items():
                         board.add_scalar(tag, value, step)
-                    line = {"step": step, "epoch": (step - 1) // per_epoch} | metrics
+                    line = {"step": step, "epoch": (step - 1) // per_epoch}
+                    line |= {tag: value for tag, value in metrics.items() if math.isfinite(value)}
                     with open(run / "metrics.jsonl", "a") as log:
                         log.write(json.dumps(line) + "\n")
                     entropy, kl = teaching["teacher_entropy"], teaching["kl"]

@@ -924,10 +924,11 @@ def resnet(arch, stem):
 def check_flags(args, may_be_zero, **at_most):
     """SystemExit unless all numbers are above 0, or 0 if in may_be_zero, and at most at_most[name]."""
     for name, value in asdict(args).items():
-        least, most = 0 if name in may_be_zero else 1e-12, at_most.get(name, math.inf)
+        least, limit = 0 if name in may_be_zero else 1e-12, 2**63 - 1 if name == "seed" else math.inf
+        most = at_most.get(name, limit)
         numbers = [x for x in (value if isinstance(value, tuple) else [value]) if type(x) in (int, float)]
         if not all(least <= number <= most for number in numbers):
-            allowed = ("above 0" if least else "0 or more") + (f", at most {most}" if name in at_most else "")
+            allowed = ("above 0" if least else "0 or more") + (f", at most {most}" if most < math.inf else "")
             raise SystemExit(f"--{name.replace('_', '-')} {value}: must be {allowed}")
 
 

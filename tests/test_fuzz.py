@@ -160,9 +160,6 @@ def test_found_before(script, flags, folder):
 
 @every_script
 @pytest.mark.shared
-@pytest.mark.xfail(
-    strict=True, reason="all train(): a seed above 64 bits ends in torch.manual_seed's traceback"
-)
 @pytest.mark.parametrize("flags", FOUND_ANYWHERE)
 def test_found_in_all_scripts(script, flags, folder):
     two_steps_or_a_message(script, folder, flags)
@@ -170,9 +167,6 @@ def test_found_in_all_scripts(script, flags, folder):
 
 @every_script
 @pytest.mark.shared
-@pytest.mark.xfail(
-    strict=True, reason="collapse_metrics: the deviation of a single row is NaN, and is logged"
-)
 def test_a_batch_of_one_logs_numbers(script, folder, tmp_path):
     script = "mae" if script == "simclr" else script  # which has two rows an image
     module = importlib.import_module(script)
