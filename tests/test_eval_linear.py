@@ -610,7 +610,9 @@ def test_watch_follows_a_run(tmp_path, backbone_file):
     run = backbone_file.parent
     (run / "metrics.jsonl").write_text('{"step": 5}\n')
     words = [sys.executable, eval_linear.__file__, "--watch", str(run), "--labels", "50", "--workers", "0"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # in the background too
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(words, text=True, **pipes, **listening)
 
     def steps():
         board = EventAccumulator(str(run)).Reload()
