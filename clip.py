@@ -839,7 +839,7 @@ def measured_pairs(args, data, tokenizer, rank):
         test.found += f", to measure ({where})"
     if not count:
         raise SystemExit(f"{where}: nothing to measure: {test.found}")
-    if set(test.classes) <= set(data.classes):  # some may have no image there
+    if test.classes and set(test.classes) <= set(data.classes):  # some may have no image there
         test.labels = [data.classes.index(test.classes[label]) for label in test.labels]
         test.classes = data.classes
     order = torch.randperm(len(test.items), generator=torch.Generator().manual_seed(0))

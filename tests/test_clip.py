@@ -596,6 +596,10 @@ def test_pairs_to_measure(tmp_path):
     data = pairs("a")
     test, order = clip.measured_pairs(args, data, ByteTokenizer(), 0)
     assert test.classes == ["fox", "owl", "ram"] and test.labels == [1, 1] and sorted(order) == [0, 1]
+    Path("captions.csv").write_text("image,caption\na/val/owl/0.png,an owl\na/val/owl/1.png,two owls")
+    mixed = dataclasses.replace(args, val_data="captions.csv")  # of captions, where the training has classes
+    test, order = clip.measured_pairs(mixed, data, ByteTokenizer(), 0)
+    assert test.classes == test.labels == [] and len(order) == 2
     pictures(tmp_path / "b", ["fox/0.png", "owl/0.png", "val/0.png"])
     test, order = clip.measured_pairs(dataclasses.replace(args, data="b"), pairs("b"), ByteTokenizer(), 0)
     assert "training pairs" in test.found and test.classes == ["fox", "owl", "val"]
