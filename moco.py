@@ -473,6 +473,17 @@ def restore(parts, checkpoint, folder):
             raise SystemExit(f"{words}: use another --run-dir, or --restart")
 
 
+def name_images(run, data, batch_size, start, stop, why):
+    """Write down the images of the steps after `start` up to `stop`; returns `why` and in which file."""
+    batches = data.batches(batch_size, start, stop, 0, 1)
+    steps = [(step, key % len(data.items)) for step in range(start + 1, stop + 1) for key in next(batches)]
+    with open(run / "not-finite.txt", "w") as file:
+        for step, index in steps:
+            item = data.items[index]
+            file.write(f"{step}\t{item if isinstance(item, str) else index}\n")
+    return f"step {stop}: {why}. {run}/not-finite.txt names the images since step {start}"
+
+
 def open_run(args, method, rank):
     """The run folder and the checkpoint in it, or {}; SystemExit if it holds another run."""
     flags = {"method": method} | {k: v for k, v in asdict(args).items() if k not in NOT_TRAINING}
@@ -566,7 +577,7 @@ def train(args: Args) -> dict:
         return gather(key)[order.argsort()]
 
     bar = tqdm(total=total, initial=step, disable=rank > 0)
-    logged, since, asked, waited = step, time.perf_counter(), time.perf_counter(), 0.0
+    logged, skipped, since, asked, waited = step, 0, time.perf_counter(), time.perf_counter(), 0.0
     try:
         for crops in loader:
             waited += time.perf_counter() - asked
@@ -600,9 +611,12 @@ def train(args: Args) -> dict:
             if logs or saves:  # only here does a step wait for the device
                 grad_norm = torch.stack([p.grad.norm() for p in trained]).norm()
                 if not torch.isfinite(loss if scaler.get_scale() > 1 else loss + grad_norm):
-                    raise SystemExit(f"step {step}: loss {loss:g}, gradient {grad_norm:g}; lower --base-lr")
+                    why = f"loss {loss:g}, gradient {grad_norm:g}; lower --base-lr"
+                    raise SystemExit(name_images(run, data, args.batch_size, logged, step, why))
+            scale = scaler.get_scale()
             scaler.step(optimizer)
             scaler.update()
+            skipped += scaler.get_scale() < scale  # float16 overflowed
             bar.update()
             if logs:
                 logits = queue_logits(q.detach(), k, queue) / temperature
@@ -627,7 +641,8 @@ def train(args: Args) -> dict:
                 metrics |= {f"monitor/projection_{k.split('_')[-1]}": v for k, v in projection.items()}
                 metrics["perf/images_per_second"] = args.batch_size * (step - logged) / (now - since)
                 metrics["perf/data_wait"] = waited / (now - since)
-                logged, since, waited = step, now, 0.0
+                metrics["perf/skipped_steps"] = skipped  # since the last log
+                logged, skipped, since, waited = step, 0, now, 0.0
                 if rank == 0:
                     metrics["monitor/alarm"] = collapse_alarm(alarm, step, armed_after, problems)
                     for tag, value in metrics.items():

@@ -125,12 +125,20 @@ def test_nan_stops_before_anything_is_saved(module, folder, monkeypatch, spoil):
 
 @pytest.mark.shared
 def test_nan_between_two_checks_stops_at_the_next(module, folder, monkeypatch):
-    """In step 2 of 5, with checks in steps 1, 3 (saves) and 5: step 3 is named and not saved."""
+    """In step 2 of 5, with checks in steps 1, 3 (saves) and 5: step 3 is named and not saved, and the images
+    that steps 2 and 3 read are written down."""
     steps = Steps(module, monkeypatch)
     spoil_gradient(monkeypatch, steps, at=2)
+    read, real = [], module.read_image
+    monkeypatch.setattr(module, "read_image", lambda path, *size: read.append(path) or real(path, *size))
     flags = {"data": str(folder), "epochs": 1, "run_dir": "run", "checkpoint_every": 3, "log_every": 100}
-    stopped(module, tiny_args(module.__name__, **flags), "^step 3: loss .*lower --")
+    args = tiny_args(module.__name__, **flags)
+    stopped(module, args, "^step 3: loss .*lower --.*run/not-finite.txt names the images since step 1")
     assert not Path("run/checkpoint.pt").exists() and not Path("run/backbone.pt").exists()
+    named = [line.split("\t") for line in Path("run/not-finite.txt").read_text().splitlines()]
+    batches = [{path for step, path in named if step == number} for number in "123"]
+    assert [len(batch) for batch in batches] == [0, args.batch_size, args.batch_size]
+    assert batches[1] | batches[2] <= set(read) and not batches[1] & batches[2]
 
 
 # float16
@@ -167,6 +175,8 @@ def test_a_float16_overflow_skips_its_step(module, folder, monkeypatch):
     flags = {k: v for k, v in flags.items() if hasattr(module.Args, k)} | {"warmup_epochs": 0}
     metrics = module.train(tiny_args(module.__name__, run_dir="run", **flags))
     assert changed == [True, False, True] and scales == [65536, 65536, 32768]
+    logged = {line["step"]: line["perf/skipped_steps"] for line in map(json.loads, open("run/metrics.jsonl"))}
+    assert sum(logged.values()) == 1 and logged[1] == 0
     assert math.isfinite(metrics["train/loss"]) and math.isfinite(metrics["train/grad_norm"])
 
 
