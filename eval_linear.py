@@ -895,10 +895,12 @@ def demo_image(index):
 def read_image(path, image_size, min_scale):
     """Any photo as upright 8-bit RGB. A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size if even then the
     smallest crop (min_scale of the area, aspect 3/4) has image_size pixels a side."""
-    image = Image.open(path)
-    shrink = max(1, min(*image.size, math.sqrt(0.75 * min_scale * math.prod(image.size))) / image_size)
-    image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
-    image = ImageOps.exif_transpose(image)
+    Image.MAX_IMAGE_PIXELS = None  # phones make 200 megapixels
+    with open(path, "rb") as file:  # by its path a raw TIFF would be mapped into memory, and turned wrongly
+        image = Image.open(file)
+        shrink = max(1, min(*image.size, math.sqrt(0.75 * min_scale * math.prod(image.size))) / image_size)
+        image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = image.convert("I").point(lambda value: value / 257)  # 16 bits, which convert() would clip
     return image.convert("RGB")
@@ -924,22 +926,25 @@ def resnet(arch, stem):
 def check_flags(args, may_be_zero, **at_most):
     """SystemExit unless all numbers are above 0, or 0 if in may_be_zero, and at most at_most[name]."""
     for name, value in asdict(args).items():
-        least, limit = 0 if name in may_be_zero else 1e-12, 2**63 - 1 if name == "seed" else math.inf
+        least, limit = 0 if name in may_be_zero else 1e-12, 2**63 - 1 if name == "seed" else 1e99
         most = at_most.get(name, limit)
         numbers = [x for x in (value if isinstance(value, tuple) else [value]) if type(x) in (int, float)]
         if not all(least <= number <= most for number in numbers):
-            allowed = ("above 0" if least else "0 or more") + (f", at most {most}" if most < math.inf else "")
+            allowed = ("above 0" if least else "0 or more") + (f", at most {most}" if most < 1e99 else "")
             raise SystemExit(f"--{name.replace('_', '-')} {value}: must be {allowed}")
 
 
 def start_processes(device, amp):
     """From torchrun's environment: rank, number of processes, device, autocast type (None: float32)."""
     rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    mps = torch.backends.mps.is_available() and world < 2  # gloo cannot gather its tensors
+    here = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     kind = next(kind for kind in here if here[kind]) if device == "auto" else device
     if not here[kind]:
         raise SystemExit(f"--device {kind}: PyTorch finds none on this machine; use --device auto")
     if kind == "cuda":
+        if local >= torch.cuda.device_count():
+            raise SystemExit(f"process {local + 1} of this machine has no GPU; lower --nproc-per-node")
         torch.cuda.set_device(local)
     if world > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")

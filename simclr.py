@@ -23,6 +23,7 @@ epoch, and so the schedule, drops its last incomplete batch. Several processes g
 one, but for BatchNorm: synchronised on GPUs (Sec. 2.2), each process's own on CPUs.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -243,7 +244,9 @@ class LARS(torch.optim.Optimizer):
                     g = g + group["weight_decay"] * w
                     w_norm, g_norm = w.norm(), g.norm()
                     g = g * torch.where((w_norm > 0) & (g_norm > 0), group["trust"] * w_norm / g_norm, 1.0)
-                v = self.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
+                if "momentum_buffer" not in self.state[w]:
+                    self.state[w]["momentum_buffer"] = torch.zeros_like(w)
+                v = self.state[w]["momentum_buffer"]
                 v.mul_(group["momentum"]).add_(g, alpha=inside)
                 w.sub_(v, alpha=outside)
 
@@ -319,10 +322,12 @@ def demo_image(index):
 def read_image(path, image_size, min_scale):
     """Any photo as upright 8-bit RGB. A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size if even then the
     smallest crop (min_scale of the area, aspect 3/4) has image_size pixels a side."""
-    image = Image.open(path)
-    shrink = max(1, min(*image.size, math.sqrt(0.75 * min_scale * math.prod(image.size))) / image_size)
-    image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
-    image = ImageOps.exif_transpose(image)
+    Image.MAX_IMAGE_PIXELS = None  # phones make 200 megapixels
+    with open(path, "rb") as file:  # by its path a raw TIFF would be mapped into memory, and turned wrongly
+        image = Image.open(file)
+        shrink = max(1, min(*image.size, math.sqrt(0.75 * min_scale * math.prod(image.size))) / image_size)
+        image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = image.convert("I").point(lambda value: value / 257)  # 16 bits, which convert() would clip
     return image.convert("RGB")
@@ -382,22 +387,25 @@ class Images(Dataset):
 def check_flags(args, may_be_zero, **at_most):
     """SystemExit unless all numbers are above 0, or 0 if in may_be_zero, and at most at_most[name]."""
     for name, value in asdict(args).items():
-        least, limit = 0 if name in may_be_zero else 1e-12, 2**63 - 1 if name == "seed" else math.inf
+        least, limit = 0 if name in may_be_zero else 1e-12, 2**63 - 1 if name == "seed" else 1e99
         most = at_most.get(name, limit)
         numbers = [x for x in (value if isinstance(value, tuple) else [value]) if type(x) in (int, float)]
         if not all(least <= number <= most for number in numbers):
-            allowed = ("above 0" if least else "0 or more") + (f", at most {most}" if most < math.inf else "")
+            allowed = ("above 0" if least else "0 or more") + (f", at most {most}" if most < 1e99 else "")
             raise SystemExit(f"--{name.replace('_', '-')} {value}: must be {allowed}")
 
 
 def start_processes(device, amp):
     """From torchrun's environment: rank, number of processes, device, autocast type (None: float32)."""
     rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    mps = torch.backends.mps.is_available() and world < 2  # gloo cannot gather its tensors
+    here = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     kind = next(kind for kind in here if here[kind]) if device == "auto" else device
     if not here[kind]:
         raise SystemExit(f"--device {kind}: PyTorch finds none on this machine; use --device auto")
     if kind == "cuda":
+        if local >= torch.cuda.device_count():
+            raise SystemExit(f"process {local + 1} of this machine has no GPU; lower --nproc-per-node")
         torch.cuda.set_device(local)
     if world > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
@@ -452,18 +460,22 @@ def load_encoder(model, prefix, path, rank):
     if wrong:
         raise SystemExit(f"--init {path}: {len(wrong)} do not fit this encoder: {', '.join(wrong[:4])}")
     if rank == 0:
-        print(f"--init {path}: new are {', '.join(sorted({name.split('.')[0] for name in fresh}))}")
+        new = {name.removeprefix(prefix).split(".")[0] for name in fresh}
+        print(f"--init {path}: new are {', '.join(sorted(new))}")
 
 
 def export_backbone(folder, method, args, dim, weights, **arch_args):
     """backbone.pt: the encoder in public names and what its use takes. Uses save_checkpoint, MEAN, STD."""
+    weights = {name: tensor.cpu() for name, tensor in weights.items()}
+    if not all(tensor.isfinite().all() for tensor in weights.values()):  # a skipped float16 step
+        raise SystemExit(f"{folder}: a weight is not finite, nothing is saved; lower the rate, or --amp off")
     info = {"method": method, "arch": args.arch, "arch_args": arch_args, "image_size": args.image_size}
     save_checkpoint(folder / "backbone.pt", **info, mean=MEAN, std=STD, feature_dim=dim, state_dict=weights)
 
 
 def restore(parts, checkpoint, folder):
     """Give each of the parts its state in the checkpoint; SystemExit if one does not fit."""
-    for name in (part for part in parts if checkpoint.get(part)):
+    for name in (part for part in parts if checkpoint and checkpoint.get(part) != {}):  # {}: no scaler in use
         try:
             parts[name].load_state_dict(checkpoint[name])
         except (RuntimeError, ValueError, KeyError) as error:  # of another version of the file
@@ -475,10 +487,10 @@ def name_images(run, data, batch_size, start, stop, why):
     """Write down the images of the steps after `start` up to `stop`; returns `why` and in which file."""
     batches = data.batches(batch_size, start, stop, 0, 1)
     steps = [(step, key % len(data.items)) for step in range(start + 1, stop + 1) for key in next(batches)]
-    with open(run / "not-finite.txt", "w") as file:
-        for step, index in steps:
-            item = data.items[index]
-            file.write(f"{step}\t{item if isinstance(item, str) else index}\n")
+    items = data.items if isinstance(data.items[0], str) else range(len(data.items))
+    lines = "".join(f"{step}\t{items[index]}\n" for step, index in steps)
+    with contextlib.suppress(OSError):
+        (run / "not-finite.txt").write_text(lines, errors="surrogateescape")
     return f"step {stop}: {why}. {run}/not-finite.txt names the images since step {start}"
 
 
@@ -647,11 +659,12 @@ def train(args: Args) -> dict:
             asked = time.perf_counter()
     except (KeyboardInterrupt, OSError) as error:  # a worker's error comes behind its traceback
         reason = (str(error) or "interrupted").splitlines()[-1]
-        raise SystemExit(f"{reason} (step {step}); the same command continues from its checkpoint")
+        raise SystemExit(f"{reason} (step {step}); the same command, without --restart, continues")
     finally:
         bar.close()
         if rank == 0:
-            board.close()
+            with contextlib.suppress(OSError):  # a full disk, of which the message speaks
+                board.close()
     if rank == 0:
         print(f"{run}/backbone.pt: " + ", ".join(f"{tag} {value:.4g}" for tag, value in metrics.items()))
     if world > 1:

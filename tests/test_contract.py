@@ -166,6 +166,7 @@ def difficult_files(root):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
     upright.transpose(Image.ROTATE_90).save(root / "exif.jpg", exif=exif, quality=95)
+    upright.convert("L").transpose(Image.ROTATE_90).save(root / "exif.tif", exif=exif)
     ramp = torch.linspace(0, 65535, 64).round().to(torch.int32).repeat(48, 1)
     Image.fromarray(ramp.numpy().astype("uint16")).save(root / "sixteen.png")
     Image.fromarray(ramp.numpy().astype("uint16")).save(root / "sixteen.tiff")
@@ -189,7 +190,7 @@ def test_difficult_files_train_and_bad_ones_are_named(module, tmp_path, script):
     difficult_files(tmp_path / "files")
     done = run(command_line(script, data="files", epochs=1, run_dir="run"))
     assert done.returncode == 0, done.stderr
-    assert "37 images" in done.stdout and "1 other files ignored" in done.stdout
+    assert "38 images" in done.stdout and "1 other files ignored" in done.stdout
     for name in ("truncated.jpg", "zero.jpg", "text.png"):
         assert re.search(rf"files/odd/{name} cannot be read", done.stderr), done.stderr
     assert done.stderr.count("cannot be read") == 3
@@ -211,6 +212,8 @@ def test_good_files_are_read_right(module, tmp_path):
     assert (read("gray.bmp") - gray).abs().max() == 0
     upright = read("exif.jpg")
     assert upright.shape == (3, 64, 48) and upright[0, :28].mean() > 240 and upright[2, 36:].mean() > 240
+    gray = read("exif.tif")  # raw, which Pillow would map into memory
+    assert gray.shape == (3, 64, 48) and gray[:, :32].mean() == 76 and gray[:, 32:].mean() == 29
     for name in ("sixteen.png", "sixteen.tiff", "sixteen_b.tiff"):
         ramp = read(name)[0, 0]
         torch.testing.assert_close(ramp, torch.linspace(0, 255, 64), atol=1.1, rtol=0)
@@ -690,6 +693,11 @@ def test_wrong_values_say_what_is_allowed(module, tmp_path, flag):
 
 
 @pytest.mark.shared
+def test_infinity_is_no_value(module):
+    refused(module, "--weight-decay inf: must be 0 or more$", weight_decay=math.inf)
+
+
+@pytest.mark.shared
 def test_wrong_flag_and_wrong_choice(script, tmp_path):
     for words in (["--no-such-flag", "1"], ["--arch", "resnet1000"], ["--epochs", "many"]):
         done = run([sys.executable, ROOT / f"{script}.py", *words])
@@ -710,6 +718,15 @@ def test_bad_data(module, folder, tmp_path):
     words = r"--batch-size 64: give a multiple of \d+, at most 40 images"
     refused(module, words, data=str(folder), batch_size=64)
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+@pytest.mark.shared
+def test_more_processes_than_gpus_say_so(module, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(SystemExit, match="process 3 of this machine has no GPU"):
+        module.start_processes("auto", "auto")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
@@ -782,7 +799,7 @@ def test_starts_from_a_backbone(module, script, folder, tmp_path, capsys, monkey
     monkeypatch.setattr(module, "open_run", spy)
     capsys.readouterr()
     module.train(tiny_args(module.__name__, **flags, init=str(path), run_dir=str(tmp_path / "b")))
-    assert re.search(rf"--init {re.escape(str(path))}: new are \w+", capsys.readouterr().out)
+    assert re.search(rf"--init {re.escape(str(path))}: new are (?!.*backbone)\w+", capsys.readouterr().out)
     assert json.loads((tmp_path / "b/args.json").read_text())["init"] == str(path)
     encoders = {"", "backbone.", "encoder_q.", "encoder_k.", "online.backbone.", "target.backbone."}
     if script == "clip":  # the official names are not timm's

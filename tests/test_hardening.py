@@ -253,6 +253,35 @@ def test_a_full_disk_leaves_the_old_checkpoint(module, folder, name):
 
 
 @pytest.mark.shared
+def test_a_full_disk_under_the_event_file_says_the_same(module, folder, monkeypatch):
+    """TensorBoard's writer fails once more when it is closed."""
+
+    def full(*_):
+        raise NO_SPACE
+
+    args = begun(module, folder)
+    monkeypatch.setattr(module.SummaryWriter, "close", full)
+    fail_on(monkeypatch, module, "checkpoint.pt.tmp", NO_SPACE)
+    stopped(module, args, "No space left on device.*step 4.*continues")
+
+
+@pytest.mark.shared
+def test_weights_that_are_not_finite_are_not_saved(module, folder, monkeypatch):
+    """As after a float16 step that was skipped: its batch has spoilt the statistics of BatchNorm."""
+    args = begun(module, folder)
+    before, export = Path("run/backbone.pt").read_bytes(), module.export_backbone
+
+    def spoiled(folder, method, args, dim, weights, **more):
+        next(iter(weights.values())).fill_(math.inf)
+        export(folder, method, args, dim, weights, **more)
+
+    monkeypatch.setattr(module, "export_backbone", spoiled)
+    stopped(module, args, "^run: a weight is not finite, nothing is saved; lower .*--amp off")
+    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 2
+    assert Path("run/backbone.pt").read_bytes() == before
+
+
+@pytest.mark.shared
 def test_metrics_that_cannot_be_written_say_so(module, folder, monkeypatch):
     name = "metrics.jsonl"
     args = begun(module, folder)
@@ -303,8 +332,9 @@ def test_a_checkpoint_of_an_older_version_says_so(module, folder):
     part = next(key for key in state if isinstance(state[key], dict) and len(state[key]) > 10)
     name = next(iter(state[part]))
     state[part][name + "_old"] = state[part].pop(name)
-    torch.save(state, "run/checkpoint.pt")
-    stopped(module, args, "checkpoint.pt.*--restart")
+    for wrong in (state, {key: state[key] for key in state if key != "optimizer"}):
+        torch.save(wrong, "run/checkpoint.pt")
+        stopped(module, args, "checkpoint.pt.*--restart")
 
 
 # The same numbers for any way of reading images
