@@ -15,7 +15,7 @@ model may learn how frequent they are and no more. Both are watched.
 Demo:   python beit.py
 Photos: python beit.py --data photos/ --image-size 128 --patch-size 8 --tokenizer-layers 3 --arch vit_small \\
             --tokens 1024 --tokenizer-dim 128 --tokenizer-epochs 20 --min-block 20 --epochs 400 --workers 8
-Paper: torchrun --nproc-per-node 16 beit.py --data imagenet/ --image-size 224 --patch-size 16 \\
+Paper: torchrun --nnodes 2 --nproc-per-node 8 beit.py --data imagenet/ --image-size 224 --patch-size 16 \\
             --tokenizer-layers 3 --tokens 8192 --code-dim 512 --tokenizer-dim 256 --mask-ratio 0.383 \\
             --min-block 16 --min-scale 0.08 --arch vit_base --drop-path 0.1 --epochs 800 --warmup-epochs 10 \\
             --batch-size 2048 --lr 1.5e-3 --workers 12

@@ -14,7 +14,7 @@ and its slowness. --no-predictor, --no-stop-gradient and --momentum 0 take each 
 Demo:   python byol.py
 Photos: python byol.py --data photos/ --image-size 128 --epochs 200 --optimizer lars --base-lr 2 \
             --weight-decay 1e-6 --momentum 0.99 --blurs 1 0.1 --workers 8
-Paper:  torchrun --nproc-per-node 32 byol.py --data imagenet/ --image-size 224 --arch resnet50 \
+Paper:  torchrun --nnodes 4 --nproc-per-node 8 byol.py --data imagenet/ --image-size 224 --arch resnet50 \
             --blurs 1 0.1 --min-scale 0.08 --epochs 1000 --batch-size 4096 --optimizer lars --base-lr 0.2 \
             --weight-decay 1.5e-6 --warmup-epochs 10 --momentum 0.996 --hidden-dim 4096 --zero-init
 
@@ -70,7 +70,7 @@ class Args:
     zero_init: bool = False  # residual branches start at 0; slower on small images (paper: off, its code on)
     hidden_dim: int = 1024  # hidden layer of projector and predictor (paper: 4096)
     proj_dim: int = 256  # width of z
-    momentum: float = 0.97  # of the moving average (paper: 0.996, rising to 1; always 0: 0.3 %, as here)
+    momentum: float = 0.97  # of the moving average (paper: 0.996, rising to 1 as here; 0 collapses: 0.3 %)
     predictor: bool = True  # without, online and target agree on a constant: watch it (paper: 0.1 to 0.2 %)
     stop_gradient: bool = True  # without, the target is the online network, which gets its gradient: watch it
     epochs: int = 12  # passes over the data (paper: 40 to 1000)
@@ -520,8 +520,8 @@ def train(args: Args) -> dict:
     rank, world, device, amp = start_processes(args.device, args.amp)
     crop = random_crop(args.image_size, args.min_scale)
     data = Images(args.data, (crop, crop), args.seed, args.image_size, args.min_scale, rank)
-    if args.batch_size > len(data.items) or args.batch_size % (2 * world):  # 2 at least for BatchNorm
-        allowed = f"give a multiple of {2 * world}, at most {data.found}"
+    if not 2 * world <= args.batch_size <= len(data.items) or args.batch_size % world:  # 2 for BatchNorm
+        allowed = f"give a multiple of {world}, from {2 * world} to {data.found}"
         raise SystemExit(f"--batch-size {args.batch_size}: {allowed}")
     per_epoch = len(data.items) // args.batch_size
     total, warmup = args.epochs * per_epoch, round(args.warmup_epochs * per_epoch)

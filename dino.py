@@ -14,7 +14,7 @@ one prototype from taking all, sharpening (T_t below T_s) keeps all from being a
 Demo:   python dino.py
 Photos: python dino.py --data photos/ --image-size 96 --local-size 48 --patch-size 8 --arch vit_tiny \
             --epochs 200 --batch-size 256 --base-lr 1e-3 --warmup-epochs 10 --momentum 0.996 --workers 8
-Paper:  torchrun --nproc-per-node 16 dino.py --data imagenet/ --image-size 224 --local-size 96 \
+Paper:  torchrun --nnodes 2 --nproc-per-node 8 dino.py --data imagenet/ --image-size 224 --local-size 96 \
             --local-crops 8 --local-min-scale 0.05 --crop-blurs 1 0.1 0.5 --patch-size 16 --arch vit_small \
             --drop-path 0.1 --head-dim 2048 --out-dim 65536 --teacher-temp 0.04 --momentum 0.996 \
             --epochs 100 --batch-size 1024 --base-lr 5e-4 --warmup-epochs 10 --workers 10

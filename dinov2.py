@@ -17,7 +17,7 @@ Centre c or Sinkhorn-Knopp keep one prototype from taking all, T_t below T_s kee
 Demo:   python dinov2.py
 Photos: python dinov2.py --data photos/ --image-size 96 --local-size 48 --patch-size 8 --arch vit_tiny \
             --epochs 200 --batch-size 256 --lr 1e-3 --warmup-epochs 10 --momentum 0.996 --workers 8
-Paper:  torchrun --nproc-per-node 32 dinov2.py --data imagenet/ --image-size 224 --local-size 96 \
+Paper:  torchrun --nnodes 4 --nproc-per-node 8 dinov2.py --data imagenet/ --image-size 224 --local-size 96 \
             --local-crops 8 --min-scale 0.32 --local-min-scale 0.05 --crop-blurs 0 0.9 0.5 --patch-size 16 \
             --arch vit_large --layer-scale 1e-5 --drop-path-rate 0.3 --head-dim 2048 --out-dim 65536 \
             --shared-head --teacher-temp 0.07 --warmup-teacher-temp-epochs 60 --freeze-last-layer 2 \

@@ -275,10 +275,11 @@ def reconstruction_metrics(moments):
 def reconstruction_picture(images, pred, mask, mean, std, patch_size):
     """uint8 page (3, H, W) of up to 8 images (B, 3, H, W) in labelled columns: original, masked, predicted,
     prediction pasted where masked. mean, std: of pixel_targets. Uses unpatchify, MEAN, STD."""
+    images, pred, mask, mean, std = (rows[:8] for rows in (images, pred, mask, mean, std))
     hidden = unpatchify(mask[:, :, None].expand_as(pred), patch_size)
     drawn = unpatchify(pred.float() * std + mean, patch_size)
     columns = images, images * (1 - hidden), drawn, torch.where(hidden > 0, drawn, images)
-    rows = torch.stack(columns, dim=1)[:8].flatten(0, 1).cpu()
+    rows = torch.stack(columns, dim=1).flatten(0, 1).cpu()
     pixels = (rows * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)).clamp(0, 1)
     pixels = F.interpolate(pixels, scale_factor=math.ceil(128 / pixels.shape[3]))  # room for the words
     grid = v2.functional.to_pil_image(torchvision.utils.make_grid(pixels, nrow=4, padding=4, pad_value=1))
@@ -618,7 +619,7 @@ def train(args: Args) -> dict:
             if logs:
                 r2, variance = (value.item() for value in reconstruction_metrics(moments))
                 feature = collapse_metrics(torch.cat(latents), center=True)
-                words = f"R2 {r2:.3f}: it predicts the mean; lower --base-lr if R2 was higher, else raise it"
+                words = f"R2 {r2:.3f}: no better than a mean; lower --base-lr if R2 was higher, else raise it"
                 now, armed_after = time.perf_counter(), max(min(500, 0.2 * total), warmup)
                 metrics = {"train/loss": gather(loss[None]).mean().item(), "train/lr": group["lr"]}
                 metrics |= {"train/grad_norm": grad_norm.item()}

@@ -640,8 +640,8 @@ def train(args: Args) -> dict:
                 low = rank_z < max(0.05 * min(args.batch_size, args.proj_dim), 0.1 * first_rank)
                 chance_level = accuracy < 2 / candidates and gap < 0.01 * math.log(candidates)
                 problems = {
-                    "all z point one way; lower --base-lr": projection["spread"] < 0.01,
-                    f"z fills {rank_z:.1f} directions; keep the negatives, lower --base-lr": low,
+                    "all z point one way; keep the negatives, lower --base-lr": projection["spread"] < 0.01,
+                    f"z fills {rank_z:.1f} directions; keep negatives, raise --momentum, lower the rate": low,
                     "positives are found by chance; lower --base-lr, raise --momentum": chance_level,
                 }
                 now, armed_after = time.perf_counter(), max(min(500, 0.2 * total), warmup)

@@ -15,12 +15,13 @@ so, and less if their patch projection stays as it was drawn (Sec. 4): --no-free
 Demo:   python moco_v3.py
 Photos: python moco_v3.py --data photos/ --image-size 96 --patch-size 8 --arch vit_tiny --epochs 200 \
             --batch-size 512 --base-lr 5e-4 --warmup-epochs 20 --hidden-dim 2048 --workers 8
-Paper:  torchrun --nproc-per-node 32 moco_v3.py --data imagenet/ --image-size 224 --patch-size 16 \
-            --arch vit_small --min-scale 0.08 --blurs 1 0.1 --epochs 300 --batch-size 4096 --base-lr 1.5e-4 \
-            --weight-decay 0.1 --warmup-epochs 40 --hidden-dim 4096 --workers 10
-ResNet: torchrun --nproc-per-node 16 moco_v3.py --data imagenet/ --image-size 224 --arch resnet50 \
-            --zero-init --min-scale 0.2 --blurs 1 0.1 --temperature 1 --hidden-dim 4096 --epochs 100 \
-            --batch-size 4096 --base-lr 0.6 --weight-decay 1e-6 --warmup-epochs 10 --workers 10
+Paper:  torchrun --nnodes 4 --nproc-per-node 8 moco_v3.py --data imagenet/ --image-size 224 \
+            --patch-size 16 --arch vit_small --min-scale 0.08 --blurs 1 0.1 --epochs 300 \
+            --batch-size 4096 --base-lr 1.5e-4 --weight-decay 0.1 --warmup-epochs 40 --hidden-dim 4096 \
+            --workers 10
+ResNet: torchrun --nnodes 2 --nproc-per-node 8 moco_v3.py --data imagenet/ --image-size 224 \
+            --arch resnet50 --zero-init --min-scale 0.2 --blurs 1 0.1 --temperature 1 --hidden-dim 4096 \
+            --epochs 100 --batch-size 4096 --base-lr 0.6 --weight-decay 1e-6 --warmup-epochs 10 --workers 10
 
 Differs from the official code: no ViTs with convolutional stems; antialiased bicubic crops; one order of
 colours a batch, not an image; the flip comes first; a true Gaussian blur, cut at 5 pixels; bfloat16 on GPUs
@@ -74,7 +75,7 @@ class Args:
     blurs: Pair = (0.0, 0.0)  # probability of Gaussian blur of the first, the second view (paper: 1 0.1)
     solarize: float = 0.2  # probability of solarization (paper: 0.2, of the second view)
     workers: int = 2  # processes that read images, for each training process
-    arch: Vit | ResNet = "vit_nano"  # ResNets: LARS, --base-lr 0.3 (paper: vit_base, resnet50)
+    arch: Vit | ResNet = "vit_nano"  # ResNets: LARS, --base-lr 0.3, decay 1e-6 (paper: vit_base, resnet50)
     stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3, stride 1, no max-pool; 10 x the work
     zero_init: bool = False  # residual branches start at 0; slower on small images (paper: its code on)
     freeze_patch_embed: bool = True  # the patch projection stays as drawn (paper: on, off is less stable)
@@ -660,8 +661,8 @@ def train(args: Args) -> dict:
     rank, world, device, amp = start_processes(args.device, args.amp)
     crop = random_crop(args.image_size, args.min_scale)
     data = Images(args.data, (crop, crop), args.seed, args.image_size, args.min_scale, rank)
-    if args.batch_size > len(data.items) or args.batch_size % (2 * world):  # 2 at least for BatchNorm
-        allowed = f"give a multiple of {2 * world}, at most {data.found}"
+    if not 2 * world <= args.batch_size <= len(data.items) or args.batch_size % world:  # 2 for BatchNorm
+        allowed = f"give a multiple of {world}, from {2 * world} to {data.found}"
         raise SystemExit(f"--batch-size {args.batch_size}: {allowed}")
     per_epoch = len(data.items) // args.batch_size
     total, warmup = args.epochs * per_epoch, round(args.warmup_epochs * per_epoch)
@@ -673,7 +674,7 @@ def train(args: Args) -> dict:
         load_encoder(model, "base_encoder.", args.init, rank)
         model.momentum_encoder.load_state_dict(model.base_encoder.state_dict())
     run, checkpoint = open_run(args, "moco_v3", rank)
-    model = model.to(device, memory_format=torch.channels_last)  # twice as fast on CPUs
+    model = model.to(device, memory_format=torch.channels_last)  # ResNets: twice as fast on CPUs
     if world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -745,8 +746,8 @@ def train(args: Args) -> dict:
                 low = rank_z < max(0.05 * min(2 * candidates, args.proj_dim), 0.1 * first_rank)
                 chance = accuracy < 2 / candidates and gap < 0.01 * math.log(candidates)
                 problems = {
-                    "all z point one way; lower --base-lr": projection["spread"] < 0.01,
-                    f"z fills {rank_z:.1f} directions; keep the negatives, lower --base-lr": low,
+                    "all z point one way; keep the negatives, lower --base-lr": projection["spread"] < 0.01,
+                    f"z fills {rank_z:.1f} directions; keep the negatives, warm up to a lower --base-lr": low,
                     "positives are found by chance; keep the negatives, lower --base-lr": chance,
                 }
                 now, armed_after = time.perf_counter(), max(min(500, 0.2 * total), warmup)
@@ -779,7 +780,7 @@ def train(args: Args) -> dict:
                 weights = {k: v for k, v in weights.items() if not k.startswith(f"{model.projector}.")}
                 arch_args = {"stem": args.stem}
                 if vit:
-                    heads, fixed = MOCO_VITS[args.arch][2], {"xavier": True, "fixed_positions": True}
+                    heads, fixed = MOCO_VITS[args.arch][2], {"xavier": "qkv", "fixed_positions": True}
                     arch_args = {"patch_size": args.patch_size, "heads": heads} | fixed
                 export_backbone(run, "moco_v3", args, h0.shape[1], weights, **arch_args)
                 state = {name: part.state_dict() for name, part in moving.items()}

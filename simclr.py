@@ -69,7 +69,7 @@ class Args:
     micro_batch_size: int = 0  # images per pass and process, 0: all; same gradient, BatchNorm apart
     optimizer: Literal["sgd", "lars"] = "sgd"  # sgd: Nesterov; momentum 0.9 in both (paper: lars)
     base_lr: float = 0.025  # times batch / 256 is the learning rate (paper: 0.3)
-    lr_scaling: Literal["linear", "sqrt"] = "linear"  # sqrt: times sqrt(batch), suits small ones (App. B.1)
+    lr_scaling: Literal["linear", "sqrt"] = "linear"  # sqrt: times sqrt(batch) (paper: --base-lr 0.075)
     weight_decay: float = 1e-4  # strength of weight decay (paper: 1e-6, not on biases and norms)
     warmup_epochs: float = 1.0  # linear from 0 (paper: 10)
     init: str = ""  # backbone.pt that the encoder starts from, of convert.py or an earlier run
@@ -533,8 +533,9 @@ def train(args: Args) -> dict:
     rank, world, device, amp = start_processes(args.device, args.amp)
     crop = random_crop(args.image_size, args.min_scale)
     data = Images(args.data, (crop, crop), args.seed, args.image_size, args.min_scale, rank)
-    if args.batch_size > len(data.items) or args.batch_size % world:
-        raise SystemExit(f"--batch-size {args.batch_size}: give a multiple of {world}, at most {data.found}")
+    if not 2 <= args.batch_size <= len(data.items) or args.batch_size % world:  # one has no negatives
+        allowed = f"give a multiple of {world}, from 2 to {data.found}"
+        raise SystemExit(f"--batch-size {args.batch_size}: {allowed}")
     per_epoch = len(data.items) // args.batch_size
     total, warmup = args.epochs * per_epoch, round(args.warmup_epochs * per_epoch)
     peak_lr = args.base_lr * (args.batch_size / 256 if args.lr_scaling == "linear" else args.batch_size**0.5)
@@ -629,7 +630,7 @@ def train(args: Args) -> dict:
                 low = rank_z < max(0.05 * min(candidates, args.proj_dim), 0.1 * first_rank)
                 chance = accuracy < 2 / candidates and gap < 0.01 * math.log(candidates)
                 problems = {
-                    "all z point one way; lower --base-lr": projection["spread"] < 0.01,
+                    "all z point one way; keep the negatives, lower --base-lr": projection["spread"] < 0.01,
                     f"z fills {rank_z:.1f} directions; keep the negatives, lower --base-lr": low,
                     "positives are found by chance; lower --base-lr, raise --temperature": chance,
                 }

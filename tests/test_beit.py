@@ -488,7 +488,9 @@ def test_bad_flags(tmp_path, flags, message):
 
 
 def test_paper_command_is_the_sheet_s():
-    command = re.search(r"torchrun --nproc-per-node 16 beit\.py(.*?)(?<!\\)\n\n", beit.__doc__, re.S)[1]
+    command = re.search(
+        r"torchrun --nnodes 2 --nproc-per-node 8 beit\.py(.*?)(?<!\\)\n\n", beit.__doc__, re.S
+    )[1]
     args = tyro.cli(Args, args=command.replace("\\\n", " ").split())
     assert (args.image_size, args.patch_size, args.arch, args.tokens) == (224, 16, "vit_base", 8192)
     assert (args.epochs, args.batch_size, args.lr, args.warmup_epochs) == (800, 2048, 1.5e-3, 10)

@@ -234,7 +234,9 @@ if __name__ == "__main__":
 
 
 def test_paper_command_is_the_sheet_s():
-    command = re.search(r"torchrun --nproc-per-node 32 byol\.py(.*?)(?<!\\)\n", byol.__doc__, re.S)[1]
+    command = re.search(r"torchrun --nnodes 4 --nproc-per-node 8 byol\.py(.*?)(?<!\\)\n", byol.__doc__, re.S)[
+        1
+    ]
     args = tyro.cli(byol.Args, args=command.replace("\\\n", " ").split())
     assert (args.image_size, args.arch, args.stem) == (224, "resnet50", "imagenet")
     assert (args.epochs, args.batch_size, args.optimizer, args.base_lr) == (1000, 4096, "lars", 0.2)

@@ -483,7 +483,9 @@ def test_bad_flags(tmp_path, flags, message):
 
 
 def test_paper_command_is_the_sheet_s():
-    command = re.search(r"torchrun --nproc-per-node 16 dino\.py(.*?)(?<!\\)\n", dino.__doc__, re.S)[1]
+    command = re.search(r"torchrun --nnodes 2 --nproc-per-node 8 dino\.py(.*?)(?<!\\)\n", dino.__doc__, re.S)[
+        1
+    ]
     args = tyro.cli(dino.Args, args=command.replace("\\\n", " ").split())
     sizes = args.image_size, args.local_size, args.local_crops, args.patch_size, args.arch
     assert sizes == (224, 96, 8, 16, "vit_small")

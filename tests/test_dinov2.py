@@ -673,7 +673,9 @@ def test_bad_flags(tmp_path, flags, message):
 
 def test_paper_command_is_the_sheet_s():
     """ViT-L/16 on ImageNet-1k: 100 "epochs" of 1250 steps of 2048 images are 200 passes over 1.28 million."""
-    command = re.search(r"torchrun --nproc-per-node 32 dinov2\.py(.*?)(?<!\\)\n", dinov2.__doc__, re.S)[1]
+    command = re.search(
+        r"torchrun --nnodes 4 --nproc-per-node 8 dinov2\.py(.*?)(?<!\\)\n", dinov2.__doc__, re.S
+    )[1]
     args = tyro.cli(dinov2.Args, args=command.replace("\\\n", " ").split())
     sizes = args.image_size, args.local_size, args.local_crops, args.patch_size, args.arch, args.ffn
     assert sizes == (224, 96, 8, 16, "vit_large", "mlp") and args.registers == 0

@@ -17,6 +17,7 @@ import ijepa
 from ijepa import (
     IJEPA,
     IJEPAEncoder,
+    IJEPAPredictor,
     apply_masks,
     ijepa_loss,
     ijepa_schedule,
@@ -208,6 +209,34 @@ def test_one_target_less_is_taken_out_when_the_context_is_short():
     assert overlaps[0] == 0 < overlaps[1] <= overlaps[2] <= overlaps[3]
 
 
+def test_sides_of_contexts():
+    """Of a batch of one, from which nothing is cut: a square of 85 to 100 % of the grid, less the targets."""
+    sides = set()
+    for seed in range(20):
+        _, share = torch.rand(2, generator=torch.Generator().manual_seed(seed)).tolist()
+        side = round(math.sqrt(int(14**2 * (0.85 + 0.15 * share))))
+        context, blocks = masks(14, 1, seed, min_keep=10)
+        gone, places = set(blocks.flatten().tolist()), range(15 - side)
+        squares = [
+            {(top + i // side) * 14 + left + i % side for i in range(side**2)}
+            for top in places
+            for left in places
+        ]
+        assert set(context[0].tolist()) in [square - gone for square in squares]
+        sides.add(side)
+    assert sides == {13, 14}
+
+
+def test_a_short_context_is_drawn_again_before_a_target_is_given_up():
+    """A small square often lies under the targets, but seldom 20 times."""
+    options = {"context_scale": (0.3, 0.3), "min_keep": 12}
+    for seed in range(20):
+        context, blocks = masks(12, 4, seed, **options)
+        assert context.shape[1] > 12
+        for image in range(4):
+            assert not set(context[image].tolist()) & set(blocks[:, image].flatten().tolist())
+
+
 def test_masks_are_random_by_their_generator_alone():
     first, again, other = masks(seed=1), masks(seed=1), masks(seed=2)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -291,6 +320,25 @@ def test_slow_predictor():
         y = net.predictor_blocks(torch.stack(known + asked)[None])[0, len(known) :]
         expected = net.predictor_proj(net.predictor_norm(y))
         torch.testing.assert_close(model(x, context, blocks)[2], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_of_the_predictor_are_in_official_order():
+    """Oracle 4: rows [0, 1, 2, 3], B 2, each block twice, are [0, 1, 0, 1, 2, 3, 2, 3], row b x 2 + i being
+    block b of image i; beside them stand the contexts of images [0, 1] over and over."""
+    net = IJEPAPredictor(8, 4, width=8, depth=1, heads=1)
+    targets = torch.tensor([[[0], [1]], [[2], [3]]]).repeat_interleave(2, dim=0)  # (4, B, 1)
+    rows = apply_masks(torch.arange(4.0).expand(2, 4)[:, :, None], targets)[:, 0, 0]
+    assert rows.tolist() == [0, 1, 0, 1, 2, 3, 2, 3]
+    seen, context = [], torch.tensor([[5, 6], [7, 8]])
+    net.predictor_blocks.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.no_grad():
+        net.mask_token.fill_(7.0)
+        x = torch.randn(2, 2, 8)
+        assert net(x, context, targets).shape == (8, 1, 8)
+        known, asked = seen[0].split([2, 1], dim=1)
+        where = net.predictor_pos_embed[0]
+        torch.testing.assert_close(known, (net.predictor_embed(x) + where[context])[[0, 1] * 4])
+        torch.testing.assert_close(asked[:, 0], 7.0 + where[[0, 1, 0, 1, 2, 3, 2, 3]])
 
 
 def test_pixels_outside_the_context_do_not_reach_the_encoder():
@@ -512,7 +560,7 @@ def test_schedules_groups_and_moving_average_of_a_run(folder, tmp_path, monkeypa
     )
     flags = {"lr": 0.01, "start_lr": 0.002, "momentum": 0.9, "checkpoint_every": 1, "epochs": 2}
     ijepa.train(tiny_args("ijepa", data=str(folder), run_dir=str(tmp_path), **flags))
-    rates = [ijepa_schedule(i, 10, 5, 0.01, 1e-5, 0.002) for i in range(10)]
+    rates = [ijepa_schedule(i, 10, 5, 0.01, 1e-6, 0.002) for i in range(10)]
     decays = [ijepa_schedule(i, 10, 0, 0.04, 0.4) for i in range(10)]
     usual = (0.9, 0.999), 1e-8
     assert seen == [[(a, b, *usual), (a, 0.0, *usual)] for a, b in zip(rates, decays, strict=True)]
@@ -580,6 +628,28 @@ def test_a_run_passes_its_flags_on(folder, tmp_path, monkeypatch):
         torch.testing.assert_close(losses[0][1], target, atol=1e-5, rtol=1e-5)
     names = sorted(path.name for path in tmp_path.glob("*.png"))
     assert names == [f"masks-{step:06d}.png" for step in (2, 4, 5)] + ["views.png"]
+
+
+def test_targets_of_a_step_are_of_the_moving_average(folder, tmp_path, monkeypatch):
+    asked, targets, encoders = [], [], []
+    forward, loss, save = IJEPA.forward, ijepa.ijepa_loss, ijepa.save_checkpoint
+
+    def saved(path, **state):
+        encoders.extend([copy.deepcopy(state["target_encoder"])] if "target_encoder" in state else [])
+        save(path, **state)
+
+    monkeypatch.setattr(IJEPA, "forward", lambda self, *a, **k: asked.append(a) or forward(self, *a, **k))
+    monkeypatch.setattr(ijepa, "ijepa_loss", lambda *a: targets.append(a[1]) or loss(*a))
+    monkeypatch.setattr(ijepa, "save_checkpoint", saved)
+    flags = {"epochs": 1, "checkpoint_every": 1, "momentum": 0.5, "lr": 1e-2, "warmup_epochs": 0}
+    ijepa.train(tiny_args("ijepa", data=str(folder), run_dir=str(tmp_path), **flags))
+    encoder = IJEPA("vit_nano", 32, 8, (0, 1)).encoder
+    for step in range(1, 5):
+        encoder.load_state_dict(encoders[step - 1])
+        images, _, blocks = asked[step]
+        with torch.no_grad():
+            expected = apply_masks(target_features(encoder(images)), blocks)
+        torch.testing.assert_close(targets[step], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_training_is_the_same_in_chunks_and_in_processes(tmp_path):
@@ -659,7 +729,9 @@ def test_bad_flags(tmp_path, flags, message):
 
 
 def test_paper_command_is_the_sheet_s():
-    command = re.search(r"torchrun --nproc-per-node 16 ijepa\.py(.*?)(?<!\\)\n", ijepa.__doc__, re.S)[1]
+    command = re.search(
+        r"torchrun --nnodes 2 --nproc-per-node 8 ijepa\.py(.*?)(?<!\\)\n", ijepa.__doc__, re.S
+    )[1]
     args = tyro.cli(ijepa.Args, args=command.replace("\\\n", " ").split())
     assert (args.image_size, args.patch_size, args.arch, args.min_scale) == (224, 14, "vit_huge", 0.3)
     assert (args.epochs, args.batch_size, args.warmup_epochs) == (300, 2048, 40)
