@@ -86,12 +86,13 @@ SCALED = "cls_token pos_embed blocks.0.ls1.gamma blocks.0.ls2.gamma"
 PRENORM, EPS = "cls_token pos_embed norm_pre.weight norm_pre.bias", {"eps": 1e-5}
 VISUAL, QUICK = r"^visual\.conv1\.", EPS | {"quick_gelu": True}
 OFFSET, FIXED = {"offset": 0.1}, {"xavier": True, "fixed_positions": True}
+MOCO_V3 = "MoCo v3, base encoder", r"^module\.base_", ANY, ("module.base_encoder.",)
 PATCHES, PLAIN = r"^patch_embed\.proj\.weight$", "cls_token pos_embed"
 FORMATS = {
     "clip": Format("CLIP, image tower", VISUAL, ANY, ("visual.",), CLIP, PRENORM, QUICK),
     "open_clip": Format("open_clip, image tower", VISUAL, ANY, ("visual.",), CLIP, PRENORM, EPS),
     "moco": Format("MoCo v1 or v2, query encoder", r"^(module\.)?encoder_q\.conv1\.", ANY, QUERY),
-    "moco_v3": Format("MoCo v3, base encoder", r"^module\.base_", ANY, ("module.base_encoder.",)),
+    "moco_v3": Format(*MOCO_V3, arch_args=FIXED | {"xavier": "qkv"}),
     "ijepa": Format("I-JEPA", "^module", ("target_encoder", "encoder"), ("module.",), {}, "pos_embed"),
     "dinov2_training": Format("DINOv2, teacher", "^dino_head", ("teacher",), ("backbone.",), DINOV2, SCALED),
     "dino_full": Format(

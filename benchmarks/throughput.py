@@ -27,8 +27,11 @@ import beit  # noqa: E402
 import byol  # noqa: E402
 import clip  # noqa: E402
 import dino  # noqa: E402
+import dinov2  # noqa: E402
+import ijepa  # noqa: E402
 import mae  # noqa: E402
 import moco  # noqa: E402
+import moco_v3  # noqa: E402
 import simclr  # noqa: E402
 
 
@@ -332,6 +335,209 @@ def dino_step(batch_size, rounds):
     show(f"DINO step, {args.arch}, {crops}, batch {batch_size}", contestants, batch_size, rounds)
 
 
+def timm_vit(sizes, image_size, patch_size, **options):
+    import timm
+
+    dim, depth, heads = sizes
+    options = {"img_size": image_size, "patch_size": patch_size, "num_classes": 0} | options
+    return timm.models.VisionTransformer(**options, embed_dim=dim, depth=depth, num_heads=heads)
+
+
+def moco_v3_step(batch_size, rounds, image_size=32, patch_size=8):
+    """Peer: timm's ViT, lightly's heads and moving average, and the loss of the paper's Algorithm 1, which
+    lightly does not have; both with a frozen patch projection."""
+    from lightly.models.modules.heads import MoCoProjectionHead
+    from lightly.models.utils import update_momentum
+
+    views = torch.randn(2, batch_size, 3, image_size, image_size)
+    network = moco_v3.MoCoV3("vit_nano", image_size, patch_size, hidden_dim=512)
+
+    def ours():
+        model = network
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, 1e-3, weight_decay=0.1, fused=True)
+
+        def step():
+            q0, q1 = (model(view)[0] for view in views)
+            moco_v3.momentum_update(model.base_encoder, model.momentum_encoder, 0.99)
+            with torch.no_grad():
+                k0, k1 = (model(view, keys=True)[0] for view in views)
+            loss = moco_v3.ctr(q0, k1, 0.2) + moco_v3.ctr(q1, k0, 0.2)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        return step
+
+    def theirs():
+        def encoder():
+            vit = timm_vit(moco_v3.MOCO_VITS["vit_nano"], image_size, patch_size)
+            vit.patch_embed.requires_grad_(False)
+            head = MoCoProjectionHead(128, 512, 256, num_layers=3, batch_norm=True)
+            return nn.Sequential(vit, head)
+
+        base, momentum = encoder(), encoder().requires_grad_(False)
+        predictor = MoCoProjectionHead(256, 512, 256, num_layers=2, batch_norm=True)
+        trained = [p for net in (base, predictor) for p in net.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, 1e-3, weight_decay=0.1)
+
+        def ctr(q, k):
+            q, k = nn.functional.normalize(q), nn.functional.normalize(k)
+            return 0.4 * nn.functional.cross_entropy(q @ k.T / 0.2, torch.arange(len(q)))
+
+        def step():
+            q0, q1 = (predictor(base(view)) for view in views)
+            update_momentum(base, momentum, m=0.99)
+            with torch.no_grad():
+                k0, k1 = (momentum(view) for view in views)
+            loss = ctr(q0, k1) + ctr(q1, k0)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        return step
+
+    contestants = {"ours": ours(), "lightly and timm": theirs()}
+    title = f"MoCo v3 step, vit_nano, {image_size} px, patch {patch_size}, batch {batch_size}"
+    show(title, contestants, batch_size, rounds)
+
+
+def ijepa_step(batch_size, rounds, image_size=32, patch_size=4):
+    """Both on the same masks; lightly's as in its I-JEPA example, its encoder on timm's ViT."""
+    from lightly.models.modules.ijepa_timm import IJEPAPredictorTIMM
+    from lightly.models.modules.masked_vision_transformer_timm import MaskedVisionTransformerTIMM
+    from lightly.models.utils import apply_masks, update_momentum
+
+    images, side = torch.randn(batch_size, 3, image_size, image_size), image_size // patch_size
+    context, targets = ijepa.multiblock_masks(side, batch_size, torch.Generator().manual_seed(0))
+    width, depth = ijepa.PREDICTORS["vit_nano"]
+
+    def ours():
+        model = ijepa.IJEPA("vit_nano", image_size, patch_size)
+        target_encoder = ijepa.IJEPA("vit_nano", image_size, patch_size).encoder.requires_grad_(False)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, 1e-3, fused=True)
+
+        def step():
+            with torch.no_grad():
+                target = ijepa.apply_masks(ijepa.target_features(target_encoder(images)), targets)
+            loss = ijepa.ijepa_loss(model(images, context, targets), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            ijepa.momentum_update(model.encoder, target_encoder, 0.996)
+
+        return step
+
+    def theirs():
+        def encoder():
+            options = {"class_token": False, "global_pool": ""}
+            vit = timm_vit(ijepa.VITS["vit_nano"], image_size, patch_size, **options)
+            return MaskedVisionTransformerTIMM(vit)
+
+        base, target_encoder = encoder(), encoder().requires_grad_(False)
+        dim, _, heads = ijepa.VITS["vit_nano"]
+        predictor = IJEPAPredictorTIMM(side**2, depth, dim, width, heads)
+        trained = [p for net in (base, predictor) for p in net.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, 1e-3)
+
+        def step():
+            with torch.no_grad():
+                target = target_encoder.encode(images)
+                target = apply_masks(nn.functional.layer_norm(target, target.shape[-1:]), list(targets))
+            x = base.encode(images, idx_keep=context)
+            loss = nn.functional.smooth_l1_loss(predictor(x, context, list(targets)), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            update_momentum(base, target_encoder, m=0.996)
+
+        return step
+
+    contestants = {"ours": ours(), "lightly and timm": theirs()}
+    title = f"I-JEPA step, vit_nano, {image_size} px, patch {patch_size}, batch {batch_size}"
+    show(title, contestants, batch_size, rounds)
+
+
+def dinov2_step(batch_size, rounds):
+    """All three losses on the same crops and masks; lightly's as in its DINOv2 example, on timm's ViT."""
+    from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
+    from lightly.models.modules.heads import DINOv2ProjectionHead
+    from lightly.models.modules.masked_vision_transformer_timm import MaskedVisionTransformerTIMM
+    from lightly.models.utils import update_momentum
+
+    args = dinov2.Args()
+    n, side = 2 * batch_size, args.image_size // args.patch_size
+    large = torch.randn(n, 3, args.image_size, args.image_size)
+    local = torch.randn(args.local_crops * batch_size, 3, args.local_size, args.local_size)
+    ratios = args.mask_ratios, args.mask_probability
+    masks = dinov2.draw_masks(n, range(n), (side, side), *ratios, 0)
+    hidden, weights = dinov2.hidden_patches(masks)
+
+    def ours():
+        student, teacher = dinov2.DINOv2(args), dinov2.DINOv2(args).requires_grad_(False)
+        optimizer = torch.optim.AdamW(student.parameters(), 1e-3, fused=True)
+        centers = torch.zeros(2, args.out_dim)
+
+        def step():
+            with torch.no_grad():
+                taught = teacher(large, None, hidden)[1:]
+                targets = [
+                    dinov2.teacher_targets(logits, center, 0.04)
+                    for logits, center in zip(taught, centers, strict=True)
+                ]
+            features, cls, patches = student(large, masks, hidden, local)
+            crops = cls.unflatten(0, (-1, batch_size)), targets[0].unflatten(0, (2, -1))
+            loss = sum(dinov2.dino_losses(*crops, 0.1)) + dinov2.ibot_loss(patches, targets[1], weights, 0.1)
+            loss = loss + 0.1 * sum(dinov2.koleo_loss(x) for x in features.chunk(2))
+            optimizer.zero_grad()
+            loss.backward()
+            for center, logits in zip(centers, taught, strict=True):
+                dinov2.move_center(center, logits, 0.9)
+            optimizer.step()
+            dinov2.momentum_update(student, teacher, 0.99)
+
+        return step
+
+    def theirs():
+        class Network(nn.Module):
+            def __init__(self):
+                super().__init__()
+                options = {"dynamic_img_size": True, "init_values": args.layer_scale}
+                vit = timm_vit(dinov2.VITS[args.arch], args.image_size, args.patch_size, **options)
+                self.backbone = MaskedVisionTransformerTIMM(vit)
+                sizes = 128, args.head_dim, args.bottleneck_dim, args.out_dim
+                self.dino_head, self.ibot_head = DINOv2ProjectionHead(*sizes), DINOv2ProjectionHead(*sizes)
+
+        student, teacher = Network(), Network().requires_grad_(False)
+        dino_loss, ibot_loss, koleo = DINOLoss(args.out_dim), IBOTPatchLoss(args.out_dim), KoLeoLoss()
+        optimizer = torch.optim.AdamW(student.parameters(), 1e-3)
+        block = masks.view(n, side, side)
+        mask = nn.functional.pad(masks, (1, 0))
+
+        def step():
+            update_momentum(student, teacher, m=0.99)
+            with torch.no_grad():
+                taught = teacher.backbone.encode(large)
+                taught_cls = teacher.dino_head(taught[:, 0])
+                taught_patches = teacher.ibot_head(taught[mask])
+            x = student.backbone.encode(large, mask=mask)
+            cls = [student.dino_head(x[:, 0]), student.dino_head(student.backbone.encode(local)[:, 0])]
+            crops = [crop for logits in cls for crop in logits.split(batch_size)]
+            loss = dino_loss(taught_cls.split(batch_size), crops, teacher_temp=0.04)
+            loss = loss + ibot_loss(taught_patches, student.ibot_head(x[mask]), mask=block, teacher_temp=0.04)
+            loss = loss + 0.1 * sum(koleo(rows) for rows in x[:, 0].chunk(2))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        return step
+
+    contestants = {"ours": ours(), "lightly and timm": theirs()}
+    crops = f"2 x {args.image_size} px, {args.local_crops} x {args.local_size} px, patch {args.patch_size}"
+    show(f"DINOv2 step, {args.arch}, {crops}, batch {batch_size}", contestants, batch_size, rounds)
+
+
 def moco_step(batch_size, rounds, queue_size=4096):
     """Both with plain BatchNorm and shuffled keys; lightly's as in its MoCo example, v2 heads."""
     from lightly.loss import NTXentLoss
@@ -448,7 +654,7 @@ def byol_step(batch_size, rounds):
 
 def main(rounds: int = 9, data: str = "", batch_size: int = 256, count: int = 128, only: str = ""):
     """Compare with the peers; --data: a folder of photos (default: the built-in images), --count
-    of them; --only simclr, moco, byol, dino, mae, beit or clip."""
+    of them; --only METHOD."""
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {rounds} rounds, medians")
@@ -466,6 +672,12 @@ def main(rounds: int = 9, data: str = "", batch_size: int = 256, count: int = 12
         beit_step(batch_size // 2, rounds)
     if only in ("", "dino"):
         dino_step(batch_size // 4, rounds)
+    if only in ("", "moco_v3"):
+        moco_v3_step(batch_size // 4, rounds)
+    if only in ("", "ijepa"):
+        ijepa_step(batch_size // 4, rounds)
+    if only in ("", "dinov2"):
+        dinov2_step(batch_size // 8, rounds)
     if only in ("", "clip"):
         clip_step(batch_size, rounds)
 
