@@ -12,7 +12,7 @@ A query encoder maps a view to q, a key encoder, its slow moving average, the ot
 They keep it from collapsing; their number does not depend on the batch, so one GPU is enough.
 
 Demo:   python moco.py
-Photos: python moco.py --data photos/ --image-size 128 --epochs 200 --queue-size 8192 --workers 8
+Photos: python moco.py --data photos/ --image-size 128 --epochs 200 --queue-size 2048 --workers 8
 Paper:  torchrun --nproc-per-node 8 moco.py --data imagenet/ --image-size 224 --arch resnet50 --blur 0.5 \
             --min-scale 0.2 --epochs 200 --batch-size 256 --base-lr 0.03 --queue-size 65536 \
             --momentum 0.999 --workers 4
@@ -576,8 +576,8 @@ def train(args: Args) -> dict:
         board = SummaryWriter(run, purge_step=step + 1)
         print(f"{data.found}. Run folder {run}, step {step} of {total}")
         print(f"{args.arch}, {amp or torch.float32}, {world} x {device}, effective learning rate {peak_lr:g}")
-        if args.queue_size > per_epoch * new_keys:
-            print(f"--queue-size {args.queue_size} is longer than an epoch: an image is its own negative")
+        if args.queue_size > per_epoch * new_keys / 2:  # of share f, in f^2 / 2 of the queries
+            print(f"--queue-size {args.queue_size} is over half of an epoch: images are their own negatives")
 
     def encode_keys(images, order):
         """Keys of all processes (N, D), each encoded among others than its query: BatchNorm would tell."""

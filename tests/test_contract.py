@@ -633,25 +633,36 @@ def short(module):
     return SHORT | FASTER.get(module.__name__, {})
 
 
+on_demo_and_photos = pytest.mark.parametrize("data", ["demo", pytest.param("photos", marks=pytest.mark.slow)])
+
+
+@on_demo_and_photos
 @pytest.mark.parametrize("which", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_removed_safeguard_rings_the_alarm(module, tmp_path, capsys, monkeypatch, which):
-    assert SAFEGUARDS[module.__name__]
+def test_a_removed_safeguard_rings_the_alarm(module, tmp_path, capsys, monkeypatch, request, which, data):
+    """On the photos an epoch has 156 steps."""
+    data = data if data == "demo" else str(request.getfixturevalue(data))
     for flags, words in SAFEGUARDS[module.__name__][which : which + 1]:
         if callable(flags):
             flags(module, monkeypatch)
             flags = {}
-        module.train(tiny_args(module.__name__, **short(module), **flags, restart=True))
+        module.train(tiny_args(module.__name__, **short(module) | {"data": data}, **flags))
         lines = metrics_of(tmp_path / "run")
         said = [line for line in capsys.readouterr().out.splitlines() if "COLLAPSE" in line]
         assert lines[-1]["monitor/alarm"] == 1 and len(said) == 1 and re.search(words, said[0]), said
-        assert not any(line["monitor/alarm"] for line in lines if line["step"] <= 0.2 * 64)
+        assert not any(line["monitor/alarm"] for line in lines if line["step"] <= 0.2 * lines[-1]["step"])
 
 
-def test_a_healthy_run_never_rings(module, tmp_path, capsys):
-    module.train(tiny_args(module.__name__, **short(module)))
+@on_demo_and_photos
+def test_a_healthy_run_never_rings(module, tmp_path, capsys, request, data):
+    data = data if data == "demo" else str(request.getfixturevalue(data))
+    module.train(tiny_args(module.__name__, **short(module) | {"data": data}))
     lines = metrics_of(tmp_path / "run")
     assert not any(line["monitor/alarm"] for line in lines) and "COLLAPSE" not in capsys.readouterr().out
-    assert sum(line["step"] > 0.2 * 64 for line in lines) >= 5  # armed
+    assert sum(line["step"] > 0.2 * lines[-1]["step"] for line in lines) >= 5  # armed
+
+
+def test_there_is_a_control(script):
+    assert SAFEGUARDS[script]
 
 
 @pytest.mark.slow
