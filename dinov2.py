@@ -83,18 +83,18 @@ class Args:
     mask_ratios: Pair = (0.1, 0.5)  # least and greatest share of them hidden in a crop (paper: the same)
     workers: int = 2  # processes that read images, for each training process
     arch: Arch = "vit_nano"  # encoder (paper: vit_small to vit_giant)
-    ffn: Literal["mlp", "swiglu"] = "mlp"  # of a block (paper: swiglu for vit_giant, mlp for the others)
+    ffn: Literal["mlp", "swiglu"] = "mlp"  # of a block (paper: swiglu for ViT-L/14 and g/14, else mlp)
     registers: int = 0  # tokens that stand for nothing, beside [CLS] (2309.16588: 4)
     layer_scale: float = 0.1  # start of LayerScale, 0: none (paper: 1e-5)
     drop_path_rate: float = 0.0  # share of a batch that skips a branch, in all blocks (paper: 0.3 or 0.4)
     head_dim: int = 512  # width of the head's hidden layers (paper: 2048)
-    bottleneck_dim: int = 256  # width of the head's last but one layer (paper: 256, 384 for vit_giant)
-    out_dim: int = 1024  # K, number of prototypes (paper: 65536, vit_giant 131072)
+    bottleneck_dim: int = 256  # width of the head's last but one layer (paper: 256, ViT-L/14 and g/14 384)
+    out_dim: int = 1024  # K, number of prototypes (paper: 65536, ViT-L/14 and g/14 131072)
     shared_head: bool = False  # one head for [CLS] and patches (paper: off, on for ImageNet-1k alone)
     dino_weight: float = 1.0  # of the loss of crops; each weight may be 0 (paper: 1)
     ibot_weight: float = 1.0  # of the loss of hidden patches (paper: 1)
     koleo_weight: float = 0.1  # of the loss that keeps nearest neighbours apart (paper: 0.1)
-    sinkhorn: bool = False  # Sinkhorn-Knopp in place of the centre (paper: on, off for ImageNet-1k alone)
+    sinkhorn: bool = False  # centering by Sinkhorn-Knopp, not a centre (paper: on, off for ImageNet-1k alone)
     teacher_temp: float = 0.02  # T_t; lower it where the teacher stays uniform (paper: 0.07)
     warmup_teacher_temp: float = 0.04  # T_t at the start of its warm-up (paper: 0.04)
     warmup_teacher_temp_epochs: int = 0  # epochs from it to --teacher-temp, in even steps (paper: 30)
@@ -108,7 +108,7 @@ class Args:
     layerwise_decay: float = 1.0  # learning rate of a block as a share of the next one's (paper: 0.9 or 1)
     patch_embed_lr: float = 0.2  # factor of the patch embedding's learning rate (paper: 0.2)
     weight_decay: float = 0.04  # strength of weight decay (paper: 0.04, not on biases, norms, LayerScale)
-    final_weight_decay: float = 0.4  # reached in a cosine (paper: 0.4, 0.2 for vit_giant)
+    final_weight_decay: float = 0.4  # reached in a cosine (paper: 0.4, ViT-L/14 and g/14 0.2)
     warmup_epochs: float = 1.0  # linear from 0 (paper: 10 or 80)
     freeze_last_layer: int = 1  # epochs in which the prototypes stay as they are (paper: 1)
     clip_norm: float = 3.0  # largest norm of the gradient of the backbone, and of each head (paper: 3)
@@ -403,8 +403,9 @@ class DINOv2(nn.Module):
         block = dict(ffn=args.ffn, layer_scale=args.layer_scale, drop_path_rate=args.drop_path_rate)
         self.backbone = DINOv2ViT(args.arch, args.image_size, args.patch_size, args.registers, **block)
         sizes = self.backbone.dim, args.out_dim, args.head_dim, args.bottleneck_dim, False
-        self.dino_head = DINOHead(*sizes) if args.dino_weight or args.shared_head else None
-        self.ibot_head = DINOHead(*sizes) if args.ibot_weight and not args.shared_head else None
+        self.dino_head = DINOHead(*sizes) if args.dino_weight else None
+        shared = args.shared_head and args.dino_weight
+        self.ibot_head = DINOHead(*sizes) if args.ibot_weight and not shared else None
 
     def forward(self, crops, masks, hidden, local_crops=None):
         """Global crops (2 B, 3, S, S), masks (2 B, N) or None, places of patches (M,), local crops (L B, ...)
@@ -558,8 +559,9 @@ def target_metrics(targets, weights, loss):
 def pca_picture(images, patches):
     """Page (3, H, W) in [0, 1]: images (B, 3, H, W), and beside each the first three principal components of
     the patch tokens (B, N, D) of all of them as red, green, blue."""
-    x = patches.float().flatten(0, 1)
-    axes = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False)[2][:3]
+    x = patches.float().flatten(0, 1).nan_to_num(0, 0, 0)  # a diverged run ends with the loss's message
+    axes = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False)[2]
+    axes = F.pad(axes, (0, 0, 0, 2))[:3]  # of one or two tokens there are fewer
     low, high = (colors := x @ axes.T).aminmax(dim=0)
     colors = ((colors - low) / (high - low).clamp(min=1e-8)).unflatten(0, patches.shape[:2])
     zoom = math.isqrt(images.shape[2] * images.shape[3] // patches.shape[1])
@@ -821,29 +823,35 @@ def train(args: Args) -> dict:
     zero += " momentum dino_weight ibot_weight koleo_weight"
     zero += "" if args.ibot_weight else " mask_probability"
     at_most = "min_scale crop_blurs solarize mask_ratios mask_probability momentum layerwise_decay".split()
-    local = {"local_min_scale": args.min_scale} if args.local_crops else {}
+    local_crops = args.local_crops if args.dino_weight else 0  # that loss alone looks at them
+    local = {"local_min_scale": args.min_scale} if local_crops else {}
     most = dict.fromkeys(at_most, 1) | local | {"drop_path_rate": 0.99, "warmup_epochs": args.epochs}
     check_flags(args, zero.split(), **most)
     weights = {"local": args.dino_weight, "global": args.dino_weight}
     weights |= {"ibot": args.ibot_weight, "koleo": args.koleo_weight}
     if not any(weights.values()):
         raise SystemExit("--dino-weight 0 --ibot-weight 0 --koleo-weight 0: give one above 0")
-    sides = [args.image_size] * 2 + [args.local_size] * args.local_crops
+    sides = [args.image_size] * 2 + [args.local_size] * local_crops
     if any(side % args.patch_size for side in sides):
         flags = f"--image-size {args.image_size} --local-size {args.local_size}"
         raise SystemExit(f"{flags}: give multiples of --patch-size {args.patch_size}")
+    grid = (args.image_size // args.patch_size,) * 2
+    n_crops, n_patches = 2 * args.batch_size * args.mask_probability, math.prod(grid) * max(args.mask_ratios)
+    if args.ibot_weight and (n_crops < 1 or n_patches <= 1):  # int(N u) of a share u below 1 / N is 0
+        flags = f"--mask-probability {args.mask_probability} --mask-ratios {args.mask_ratios}"
+        raise SystemExit(f"{flags}: hide no patch of {grid[0]} x {grid[1]}; raise them, or --ibot-weight 0")
     rank, world, device, amp = start_processes(args.device, args.amp)
     views = [random_crop(args.image_size, args.min_scale)] * 2
     small = args.local_size, args.local_min_scale, args.min_scale
-    views += [random_crop(*small) for _ in range(args.local_crops)]
+    views += [random_crop(*small) for _ in range(local_crops)]
     scales = args.min_scale, args.local_min_scale * (args.image_size / args.local_size) ** 2
-    smallest = min(scales[: 1 + bool(args.local_crops)])
+    smallest = min(scales[: 1 + bool(local_crops)])
     data = Images(args.data, views, args.seed, args.image_size, smallest, rank)
     if args.batch_size > len(data.items) or args.batch_size % world:
         raise SystemExit(f"--batch-size {args.batch_size}: give a multiple of {world}, at most {data.found}")
     per_epoch = len(data.items) // args.batch_size
     total, warmup = args.epochs * per_epoch, round(args.warmup_epochs * per_epoch)
-    temp_warmup = args.warmup_teacher_temp_epochs * per_epoch
+    temp_warmup = args.warmup_teacher_temp_epochs * per_epoch if args.sharpening else 0
     torch.manual_seed(args.seed)
     student, teacher = DINOv2(args), DINOv2(args).requires_grad_(False).eval()  # eval: no stochastic depth
     if args.init:
@@ -868,12 +876,14 @@ def train(args: Args) -> dict:
         board = SummaryWriter(run, purge_step=step + 1)
         print(f"{data.found}. Run folder {run}, step {step} of {total}")
         print(f"{args.arch}, {amp or torch.float32}, {world} x {device}, effective learning rate {args.lr:g}")
+        if args.koleo_weight and args.batch_size == world:
+            print("KoLeo is 0: it is between images of a process, and each has one; raise --batch-size")
     bar = tqdm(total=total, initial=step, disable=rank > 0)
-    blurs = [*args.crop_blurs[:2], *args.crop_blurs[2:] * args.local_crops]  # of each crop
+    blurs = [*args.crop_blurs[:2], *args.crop_blurs[2:] * local_crops]  # of each crop
     blur_radius = min(4, min(sides) - 1) if any(blurs) else 0  # a kernel of 9 pixels
-    solarize = [0.0, args.solarize] + [0.0] * args.local_crops
-    grid = (args.image_size // args.patch_size,) * 2
+    solarize = [0.0, args.solarize] + [0.0] * local_crops
     active = [name for name, weight in (("cls", args.dino_weight), ("patch", args.ibot_weight)) if weight]
+    centered = active if args.centering and not args.sinkhorn else []
     mine = torch.arange(2 * args.batch_size).view(2, world, -1)[:, rank].flatten().tolist()
     logged, skipped, since, asked, waited = step, 0, time.perf_counter(), time.perf_counter(), 0.0
     try:
@@ -887,7 +897,7 @@ def train(args: Args) -> dict:
                 frozen = group["last"] and epoch < args.freeze_last_layer
                 group["lr"] = 0.0 if frozen else lr * group["lr_scale"]
                 group["weight_decay"] = decay if group["decays"] else 0.0
-            ramp = min(1.0, step / (temp_warmup - 1)) if temp_warmup > 1 else 1.0
+            ramp = min(1.0, step / max(1, temp_warmup - 1)) if temp_warmup else 1.0
             temp = args.warmup_teacher_temp + ramp * (args.teacher_temp - args.warmup_teacher_temp)
             temp = temp if args.sharpening else args.student_temp
             generator = torch.Generator().manual_seed(hash((args.seed, 3, step)) % 2**32)
@@ -895,8 +905,8 @@ def train(args: Args) -> dict:
             numbers, order = draw_numbers(shape, args.jitter, blurs, solarize, generator)
             numbers = numbers.chunk(world)[rank].to(device, non_blocking=True)
             views = []  # global crops (2 B, 3, S, S), local crops (L B, 3, s, s)
-            for part in (slice(0, 2), slice(2, len(crops)))[: 1 + bool(args.local_crops)]:
-                images = torch.cat(crops[part]).to(device, non_blocking=True)
+            for part in (slice(0, 2), slice(2, len(crops)))[: 1 + bool(local_crops)]:
+                images = torch.cat([crop.to(device, non_blocking=True) for crop in crops[part]])
                 drawn = numbers[:, part].transpose(0, 1).flatten(0, 1)
                 views.append(augment(images, drawn, order, blur_radius))
             seed = hash((args.seed, 5, step)) % 2**32
@@ -927,7 +937,7 @@ def train(args: Args) -> dict:
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            for name in active if args.centering and not args.sinkhorn else ():
+            for name in centered:
                 move_center(centers[name], taught[name], 0.9)  # after its use
             parts = [[*part.parameters()] for part in student.children()]  # backbone, heads
             norms = [nn.utils.clip_grad_norm_(part, args.clip_norm) for part in parts]
@@ -958,17 +968,19 @@ def train(args: Args) -> dict:
                     teaching = target_metrics(targets["patch"], patch_weights, losses["ibot"].detach())
                     metrics |= {f"dinov2/patch_{name}": value for name, value in teaching.items()}
                 if args.dino_weight:  # its targets are those that the alarm watches
-                    mean = (losses["local"] + losses["global"]).detach() * (1 if args.local_crops else 1.5)
+                    mean = (losses["local"] + losses["global"]).detach() * (1 if local_crops else 1.5)
                     alike = torch.full((len(h),), 1 / len(h), device=device)
                     teaching = target_metrics(targets["cls"], alike, mean)
                     metrics |= {f"dinov2/{name}": value for name, value in teaching.items()}
                 low = teaching and (teaching["kl"] < 0.01 or teaching["information"] < 0.1)
                 certain = low and teaching["teacher_entropy"] < 0.5 * math.log(args.out_dim)
                 problems = {
-                    "one-hot teacher: keep the centering, raise --teacher-temp": bool(low and certain),
-                    "uniform teacher: keep the sharpening, lower --teacher-temp": bool(low and not certain),
+                    "one-hot teacher: keep the centering or Sinkhorn-Knopp, raise --teacher-temp": certain,
+                    "uniform teacher: keep the sharpening, lower --teacher-temp": low and not certain,
                 }
-                metrics |= {"dinov2/center_norm": centers["cls"].norm().item(), "dinov2/momentum": momentum}
+                tags = {"cls": "dinov2/center_norm", "patch": "dinov2/patch_center_norm"}
+                metrics |= {tags[name]: centers[name].norm().item() for name in centered}
+                metrics["dinov2/momentum"] = momentum
                 feature = collapse_metrics(h, center=True)
                 metrics |= {f"monitor/{k}": v for k, v in feature.items()}
                 metrics["perf/images_per_second"] = args.batch_size * (step - logged) / (now - since)

@@ -93,6 +93,9 @@ def test_sinkhorn_rows_and_columns(rows, prototypes, temp):
         even.sum(dim=0), torch.full((prototypes,), rows / prototypes), atol=1e-3, rtol=0
     )
     torch.testing.assert_close(sinkhorn_knopp(t + 5, temp), q, atol=1e-4, rtol=1e-3)
+    each = t + 0.05 * logits(rows, 1, seed=2)  # one constant a row: the same in the limit alone
+    assert (sinkhorn_knopp(each, temp) - q).abs().max() > 1e-4
+    torch.testing.assert_close(sinkhorn_knopp(each, temp, iterations=200), even, atol=1e-4, rtol=1e-3)
     assert torch.isfinite(sinkhorn_knopp(40 * t, temp)).all()  # exp() of it would be infinite
     assert sinkhorn_knopp(t[:0], temp).shape == (0, prototypes)  # a process without hidden patches
 
@@ -136,6 +139,16 @@ def test_ibot_by_hand():
         places, weights = hidden_patches(masks)
         student, q = one.expand(len(places), 2), F.one_hot(torch.zeros(len(places)).long(), 2).float()
         assert ibot_loss(student, q, weights, 1.0).item() == pytest.approx(expected)
+
+
+def test_losses_of_a_uniform_collapse():
+    """Section 9: K = 65536, eight local crops, half of the crops masked."""
+    k = 65536
+    even = torch.full((2, 1, k), 1 / k)
+    local, between = dino_losses(torch.zeros(10, 1, k), even, 0.1)
+    assert (local.item(), between.item()) == pytest.approx((9.858, 1.232), rel=5e-4)
+    places, weights = hidden_patches(torch.tensor([[True, True, False], [False] * 3]))
+    assert ibot_loss(torch.zeros(2, k), even[:, 0], weights, 0.1).item() == pytest.approx(5.545, rel=5e-4)
 
 
 def test_ibot_is_the_slow_one():
@@ -187,7 +200,7 @@ def test_koleo():
 
 @pytest.mark.parametrize("side", [4, 7, 14])
 def test_masks(side):
-    n, short = side**2, 0
+    n, short, empty = side**2, 0, 0
     for seed in range(20):
         masks = draw_masks(9, range(9), (side, side), (0.1, 0.5), 0.5, seed)
         counts = sorted(masks.sum(dim=1).tolist(), reverse=True)
@@ -195,12 +208,13 @@ def test_masks(side):
         edges = [0.1, 0.2, 0.3, 0.4, 0.5]
         bounds = [int(n * high) for high in edges[:0:-1]]
         assert all(count <= bound for count, bound in zip(counts, bounds, strict=False))
-        if side == 14:
-            lows = [int(n * low) for low in edges[3::-1]]
-            short += sum(count < low for count, low in zip(counts, lows, strict=False))
-            assert counts[3] > 0
+        empty += counts[3] == 0
+        assert counts[2] > 0  # int(9 * 0.5) crops have hidden patches, but for the draws below
+        lows = [int(n * low) for low in edges[3::-1]]
+        short += sum(count < low for count, low in zip(counts, lows, strict=False))
         parts = [draw_masks(9, mine, (side, side), (0.1, 0.5), 0.5, seed) for mine in ((0, 1, 5), (2, 3))]
         assert torch.equal(parts[0], masks[[0, 1, 5]]) and torch.equal(parts[1], masks[2:4])
+    assert empty <= (4 if side == 4 else 0)  # ten draws may fail to find a block of one patch of 16
     assert short <= 8  # a mask may fall a few patches short of its count, and so of its part
     assert not draw_masks(8, range(8), (side, side), (0.1, 0.5), 0.0, 0).any()
     assert not torch.equal(masks, draw_masks(9, range(9), (side, side), (0.1, 0.5), 0.5, 99))
@@ -488,6 +502,12 @@ def test_pca_picture():
     steps = red.view(4, 24, 96).mean(dim=(1, 2))
     steps = steps if steps[3] > steps[0] else steps.flip(0)
     torch.testing.assert_close(steps, torch.tensor([0, 1 / 3, 2 / 3, 1]), atol=1e-4, rtol=0)
+    page = pca_picture(torch.zeros(2, 3, 32, 32), tokens.clone().fill_(math.nan))  # of a diverged run
+    assert page.isfinite().all()
+    for n in (1, 2):  # tokens in all, fewer than colours
+        page = pca_picture(torch.zeros(n, 3, 32, 32), logits(n, 1, 12))
+        reds = page[0, 50, [98 + 50, 3 * 98 + 50][:n]]
+        assert page.isfinite().all() and sorted(reds.tolist()) == [0, 1][:n]
 
 
 # Training
@@ -547,6 +567,90 @@ def test_what_the_optimizer_gets(folder, tmp_path, monkeypatch):
     assert states[0]["centers"].keys() == {"cls", "patch"} and states[-1]["centers"]["patch"].any()
 
 
+@pytest.mark.parametrize(
+    "epochs, expected", [(0, [0.07] * 3), (1, [0.04, 0.07, 0.07]), (2, [0.04, 0.07, 0.07])]
+)
+def test_a_short_warmup_of_the_temperature(folder, tmp_path, monkeypatch, epochs, expected):
+    """linspace of the official code: of one step it is the first value."""
+    temps, targets = [], dinov2.teacher_targets
+    monkeypatch.setattr(dinov2, "teacher_targets", lambda *a: temps.append(a[2]) or targets(*a))
+    flags = {"teacher_temp": 0.07, "warmup_teacher_temp_epochs": epochs, "ibot_weight": 0.0, "epochs": 3}
+    dinov2.train(tiny_args("dinov2", data=str(folder), **flags, batch_size=40, run_dir=str(tmp_path)))
+    assert temps == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("sharpening, expected", [(True, 15), (False, 5)])
+def test_when_the_alarm_is_armed(folder, tmp_path, monkeypatch, sharpening, expected):
+    """After the warm-up of T_t, where there is one."""
+    armed, alarm = [], dinov2.collapse_alarm
+    monkeypatch.setattr(dinov2, "collapse_alarm", lambda *a: armed.append(a[2]) or alarm(*a))
+    flags = {"warmup_teacher_temp_epochs": 3, "sharpening": sharpening, "log_every": 20}
+    dinov2.train(tiny_args("dinov2", data=str(folder), **flags, run_dir=str(tmp_path)))
+    assert armed == [expected] * 2
+
+
+def test_a_picture_of_a_diverged_run_does_not_end_it(folder, tmp_path):
+    """In a step that is not logged: the next one that is says what happened."""
+    flags = {"lr": 1e30, "log_every": 100, "picture_every": 1, "epochs": 1}
+    with pytest.raises(SystemExit, match="step 5: loss nan"):
+        dinov2.train(tiny_args("dinov2", data=str(folder), **flags, run_dir=str(tmp_path)))
+
+
+def test_centers_are_used_then_moved(folder, tmp_path, monkeypatch):
+    """Oracle 10: 0 in the first step, a tenth of its mean logits in the second."""
+    used, targets = [], dinov2.teacher_targets
+    monkeypatch.setattr(
+        dinov2, "teacher_targets", lambda t, c, temp: used.append((t, c.clone())) or targets(t, c, temp)
+    )
+    dinov2.train(tiny_args("dinov2", data=str(folder), epochs=1, batch_size=20, run_dir=str(tmp_path)))
+    held = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["centers"]
+    for name, (first, start), (second, center) in zip(("cls", "patch"), used[:2], used[2:], strict=True):
+        mean, then = first.mean(dim=0, keepdim=True), second.mean(dim=0, keepdim=True)
+        assert not start.any() and mean.abs().max() > 0.01
+        torch.testing.assert_close(center, 0.1 * mean)
+        torch.testing.assert_close(held[name], 0.09 * mean + 0.1 * then)
+
+
+def test_koleo_takes_each_crop_alone(folder, tmp_path, monkeypatch):
+    """Two calls of B rows: with the other crop of an image among them, that would be the nearest."""
+    taken, made, forward = [], [], DINOv2.forward
+    monkeypatch.setattr(dinov2, "koleo_loss", lambda x: taken.append(x.detach()) or koleo_loss(x))
+
+    def spy(self, *arguments):
+        outputs = forward(self, *arguments)
+        made.append(outputs[0].detach())
+        return outputs
+
+    monkeypatch.setattr(DINOv2, "forward", spy)
+    dinov2.train(tiny_args("dinov2", data=str(folder), epochs=1, batch_size=20, run_dir=str(tmp_path)))
+    assert [x.shape for x in taken] == [(20, 128)] * 4
+    assert torch.equal(torch.cat(taken), torch.cat(made[1::2]))  # of the student
+
+
+def test_koleo_between_no_images_is_said(folder, tmp_path, capsys):
+    for batch_size, weight in ((1, 0.1), (2, 0.1), (1, 0.0)):
+        flags = {"batch_size": batch_size, "koleo_weight": weight, "local_crops": 0}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dinov2.Images, "batches", lambda *_: iter([]))  # starts and trains nothing
+            dinov2.train(
+                tiny_args("dinov2", data=str(folder), **flags, run_dir=str(tmp_path / "run"), restart=True)
+            )
+        said = "KoLeo is 0" in capsys.readouterr().out
+        assert said == (batch_size == 1 and weight > 0)
+
+
+def test_stochastic_depth_depends_on_the_step_alone(folder, tmp_path, monkeypatch):
+    """Not on what was drawn before, as by images read in this process or by workers; each step another."""
+    draw, lines = dinov2.draw_masks, []
+    flags = {"drop_path_rate": 0.5, "epochs": 1, "batch_size": 20, "restart": True}
+    args = tiny_args("dinov2", data=str(folder), **flags, run_dir=str(tmp_path))
+    for numbers in (0, 3):
+        monkeypatch.setattr(dinov2, "draw_masks", lambda *a, n=numbers: (torch.rand(n), draw(*a))[1])
+        dinov2.train(args)
+        lines.append([line["train/loss"] for line in lines_of(tmp_path)])
+    assert lines[0] == lines[1]
+
+
 def test_momentum_update():
     student, teacher = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
     before = teacher.weight.detach().clone()
@@ -593,6 +697,8 @@ def test_what_the_networks_and_losses_get(folder, tmp_path, monkeypatch):
         ({"koleo_weight": 0.0, "local_crops": 0, "mask_probability": 1.0}, {"local", "global", "ibot"}),
         ({"dino_weight": 0.0, "ibot_weight": 0.0, "mask_probability": 0.0}, {"koleo"}),
         ({"dino_weight": 0.0, "shared_head": True, "sinkhorn": True, "registers": 2}, {"ibot", "koleo"}),
+        ({"dino_weight": 0.0, "shared_head": True, "ibot_weight": 0.0}, {"koleo"}),
+        ({"shared_head": True}, {"local", "global", "ibot", "koleo"}),
     ],
 )
 def test_each_loss_can_be_off(folder, tmp_path, flags, there):
@@ -602,12 +708,30 @@ def test_each_loss_can_be_off(folder, tmp_path, flags, there):
         assert all(math.isfinite(value) for value in line.values())
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     heads = {name.split(".")[0] for name in state["student"]} - {"backbone"}
-    if flags.get("shared_head"):
-        assert heads == {"dino_head"}
-    else:
-        assert ("dino_head" in heads) == ("local" in there or "global" in there)
-        assert ("ibot_head" in heads) == ("ibot" in there)
-    assert state["centers"]["cls"].any() == ("dino_head" in heads and not flags.get("shared_head"))
+    dino, ibot = "local" in there or "global" in there, "ibot" in there
+    assert ("dino_head" in heads) == dino  # a head without a loss would have no gradient
+    assert ("ibot_head" in heads) == (ibot and not (dino and flags.get("shared_head")))
+    tags = {"cls": "dinov2/center_norm", "patch": "dinov2/patch_center_norm"}
+    used = {"cls": dino and not flags.get("sinkhorn"), "patch": ibot and not flags.get("sinkhorn")}
+    assert {tag for tag in line if "center_norm" in tag} == {tags[name] for name in used if used[name]}
+    for name, center in state["centers"].items():
+        assert center.any() == used[name]
+        assert line.get(tags[name], 0.0) == pytest.approx(center.norm().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_local_crops_are_for_the_loss_of_crops(folder, tmp_path, monkeypatch, weight):
+    """Without it none is cut, and what --local-size is does not matter."""
+    sides, random_crop, forward, given = [], dinov2.random_crop, DINOv2.forward, []
+    monkeypatch.setattr(dinov2, "random_crop", lambda *a: sides.append(a[0]) or random_crop(*a))
+    monkeypatch.setattr(DINOv2, "forward", lambda self, *a: given.append(a) or forward(self, *a))
+    flags = {"dino_weight": weight, "shared_head": True} | ({} if weight else {"local_size": 13})
+    dinov2.train(
+        tiny_args("dinov2", data=str(folder), **flags, epochs=1, batch_size=40, run_dir=str(tmp_path))
+    )
+    assert sides.count(32) == 1 and len(sides) == (3 if weight else 1)
+    assert [len(arguments) for arguments in given] == [3, 4 if weight else 3]
+    assert (tmp_path / "local-views.png").exists() == bool(weight)
 
 
 @pytest.mark.parametrize("flags", [{}, {"sinkhorn": True}])
@@ -662,6 +786,12 @@ def test_exported_backbone_is_the_teacher(folder, tmp_path):
         ({"drop_path_rate": 1.0}, "--drop-path-rate 1.0: must be 0 or more, at most 0.99"),
         ({"layerwise_decay": 1.5}, "--layerwise-decay 1.5: must be above 0, at most 1"),
         ({"koleo_weight": -0.1}, "--koleo-weight -0.1: must be 0 or more"),
+        (
+            {"mask_probability": 0.06},
+            "--mask-probability 0.06 --mask-ratios (0.1, 0.5): hide no patch of 4 x 4",
+        ),
+        ({"mask_ratios": (0.0, 0.06)}, "hide no patch of 4 x 4; raise them, or --ibot-weight 0"),
+        ({"mask_ratios": (1.0, 1.0), "patch_size": 32, "local_crops": 0}, "hide no patch of 1 x 1"),
         (dict.fromkeys(("dino_weight", "ibot_weight", "koleo_weight"), 0.0), "give one above 0"),
     ],
 )

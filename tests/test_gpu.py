@@ -20,6 +20,10 @@ VARIANTS = {
     "beit": [{"positions": "absolute", "micro_batch_size": 3}, {"positions": "shared", "drop_path": 0.5}],
     "byol": [{"optimizer": "lars", "predictor": False}, {"stop_gradient": False, "blurs": (1.0, 0.5)}],
     "dino": [{"arch": "resnet18", "crop_blurs": (1.0, 0.5, 0.5)}, {"drop_path": 0.5, "sharpening": False}],
+    "dinov2": [
+        {"sinkhorn": True, "drop_path_rate": 0.5, "registers": 2},
+        {"shared_head": True, "dino_weight": 0.0, "ffn": "swiglu"},
+    ],
     "mae": [{"micro_batch_size": 3, "norm_pix": True}],
     "moco": [{"symmetric": True, "recipe": "v1"}, {"negatives": False, "bn_splits": 1}],
     "pretext": [{"task": "jigsaw", "micro_batch_size": 4}, {"task": "colorization"}],
