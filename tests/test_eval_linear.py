@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -175,11 +176,12 @@ def test_batch_norm_becomes_part_of_the_layer():
     torch.testing.assert_close(features @ weight + bias, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_held_out_labels_pick_the_rate():
+def test_held_out_labels_pick_the_rate(capsys):
     """One label a class cannot be held out; with few the cross-entropy decides among rates as good."""
     features, labels = clusters(10, dim=16, classes=10, noise=0.0)
     weight, bias, chosen = linear_probe(features, labels, 10, Args(epochs=30))
-    assert accuracy(features @ weight + bias, labels)["top1"] == 100
+    assert accuracy(features @ weight + bias, labels)["top1"] == 100 and chosen["rate"] == pytest.approx(0.3)
+    assert "too few labels to hold any out; the middle one, 0.3, is taken" in capsys.readouterr().out
     features, labels = clusters(200, noise=0.3)
     for rates in ((1e-6, 1.0), (1.0, 1e-6)):
         assert linear_probe(features, labels, 3, Args(epochs=10, rates=rates))[2] == {"rate": 1.0}
@@ -227,6 +229,22 @@ def test_linear_probe_with_one_rate_trains_on_every_label():
     torch.testing.assert_close(bias, layer.bias.detach(), atol=1e-6, rtol=1e-5)
 
 
+def test_linear_probe_on_a_gpu_that_is_not_there():
+    """Heads and batches are on the device, features stay: rows are the CPU's, and so is what comes back."""
+    import pretend_gpu
+
+    features, labels = clusters(60)
+    args = Args(epochs=2, batch_size=20, rates=(0.1, 1.0), probe_norm=True)
+    expected, devices, linear = linear_probe(features, labels, 3, args), set(), torch.nn.Linear.forward
+    with pretend_gpu.PretendGPU(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.nn.Linear, "forward", lambda self, x: devices.add(x.device.type) or linear(self, x)
+        )
+        weight, bias, chosen = linear_probe(features, labels, 3, args, device=torch.device("cuda"))
+        assert weight.device.type == "cpu" and devices == {"cuda"}
+    assert chosen == expected[2] and torch.equal(weight, expected[0]) and torch.equal(bias, expected[1])
+
+
 def test_schedule_of_maes_probe():
     """Oracle 4: peak 6.4, warm-up 10, 90 epochs."""
     rates = [eval_linear.cosine_schedule(epoch, 90, 10, 6.4) for epoch in (5, 10, 50, 90)]
@@ -256,8 +274,10 @@ def test_presets_are_the_sheet_s_and_flags_win():
     assert (mae.drop_path, mae.mixup, mae.cutmix, mae.label_smoothing) == (0.1, 0.8, 1.0, 0.1)
     assert (mae.weight_decay, mae.batch_size, mae.feature) == (0.05, 1024, "mean")
     assert mae.solver == "adamw" and not mae.rand_augment and parsed("").rates == ()
+    vit = parsed("--preset moco_v3-linear")
+    assert (vit.rates, vit.epochs, vit.batch_size, vit.solver) == ((0.1, 3.0), 90, 1024, "sgd")
     with pytest.raises(SystemExit, match="--preset mea-linear: must be one of simclr-linear, "):
-        parsed("--preset mea-linear")
+        evaluate(parsed("--preset mea-linear"))
 
 
 # The ViT
@@ -331,6 +351,34 @@ def test_vit_features_and_random_weights(vit_file):
         assert not torch.equal(net.train()(images), net.eval()(images))
 
 
+def test_random_weights_are_drawn_as_in_training(vit_file):
+    """MoCo v3's (its sheet, section 3) and I-JEPA's; the numbers of MAE's stay."""
+    import ijepa
+    import moco_v3
+
+    state = torch.load(vit_file, weights_only=True)
+    qkv = {"patch_size": 8, "xavier": "qkv", "fixed_positions": True, "heads": 4}
+    torch.save(state | {"method": "moco_v3", "arch_args": qkv}, vit_file)
+    ours, sizes = load_backbone(f"random:{vit_file}").net, {"vit_nano": (128, 6, 4)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moco_v3, "MOCO_VITS", sizes)
+        theirs = moco_v3.MoCoViT("vit_nano", 32, 8)
+        patch.setattr(ijepa, "VITS", sizes)
+        patch.setattr(ijepa, "PREDICTORS", {"vit_nano": (64, 1)})
+        encoder = ijepa.IJEPA("vit_nano", 32, 8).encoder
+    bound = ours.blocks[0].attn.qkv.weight.abs().max().item()
+    assert bound == pytest.approx((6 / 256) ** 0.5, rel=1e-3)  # q, k, v one by one
+    options = {"method": "ijepa", "arch_args": {"patch_size": 8, "fixed_positions": True}}
+    torch.save(state | options | {"state_dict": encoder.state_dict()}, vit_file)
+    for drawn, like in ((ours, theirs), (load_backbone(f"random:{vit_file}").net, encoder)):
+        like = like.state_dict()
+        assert len(like) == len(drawn.state_dict())
+        for name, tensor in drawn.state_dict().items():
+            if name != "pos_embed":  # fixed
+                std = pytest.approx(like[name].std().item(), rel=0.25 if "cls" in name else 0.05)
+                assert tensor.std().item() == std, name
+
+
 @pytest.mark.parametrize("mode", ["knn", "linear", "finetune"])
 def test_vit_in_every_kind_of_mode(vit_file, mode, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -377,6 +425,110 @@ def test_layer_decay_of_a_resnet():
     net, _ = simclr.resnet("resnet18", "imagenet")
     groups = eval_linear.layer_groups(net, torch.nn.Linear(512, 2), 0.0, 0.5)
     assert sorted({group["lr_scale"] for group in groups}) == [0.5**5, 0.5**4, 0.5**3, 0.5**2, 0.5, 1.0]
+
+
+class Rows(torch.utils.data.Dataset):
+    """(index, row) of known images, which, as Pictures without augmentation, hang on nothing else."""
+
+    def __init__(self, images):
+        self.images, self.crop, self.key = images, None, (0, 0)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return index, self.images[index]
+
+
+TUNING = {"solver": "sgd", "base_lr": 1.0, "weight_decay": 0.3, "layer_decay": 0.5, "warmup_epochs": 1.0}
+TUNING |= {"label_smoothing": 0.1, "batch_size": 8, "epochs": 4, "workers": 0, "layers": (3,)}
+
+
+def test_finetune_is_a_plain_loop(vit_file, monkeypatch):
+    """Warm-up, cosine, rates by layer, decay of matrices alone and smoothing, by hand; mostly in float64."""
+    images = torch.randint(0, 256, (24, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    labels, rates, sgd = torch.arange(24) % 2, [], torch.optim.SGD.step
+
+    def watched(self, *rest):
+        rates.append([group["lr"] for group in self.param_groups])
+        return sgd(self, *rest)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", watched)
+    torch.set_default_dtype(DOUBLE)
+    try:
+        backbone, slow = (load_backbone(str(vit_file), layers=(3,), mode="finetune") for _ in range(2))
+        head = eval_linear.finetune(backbone, Rows(images), labels, 2, Args(**TUNING), torch.device("cpu"))
+        slow.net.start_finetune(0.0)
+        torch.manual_seed(hash((0, 0)) % 2**32)
+        layer = torch.nn.Linear(128, 2)
+        torch.nn.init.trunc_normal_(layer.weight, std=2e-5)
+        torch.nn.init.zeros_(layer.bias)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    named = [*slow.net.named_parameters(), ("head.weight", layer.weight), ("head.bias", layer.bias)]
+    sampler = torch.utils.data.distributed.DistributedSampler(Rows(images), 1, 0, seed=0)
+    momentum, step = {name: torch.zeros_like(p) for name, p in named}, 0
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        for batch in torch.tensor(list(sampler)).split(8):
+            lr = 8 / 256 * (step / 3 if step < 3 else 0.5 + 0.5 * math.cos(math.pi * (step - 3) / 9))
+            log_p = torch.log_softmax(layer(slow(images[batch])), dim=1)
+            target = 0.05 + 0.9 * torch.eye(2)[labels[batch]]
+            grads = torch.autograd.grad(-(target * log_p).sum(dim=1).mean(), [p for _, p in named])
+            step += 1
+            for (name, p), grad in zip(named, grads, strict=True):
+                place = re.match(r"blocks\.(\d)|patch|cls|pos", name)  # of 4 blocks left; norm and head: 5
+                depth = 5 if not place else int(place[1]) + 1 if place[1] else 0
+                decays = p.ndim > 1 and name not in ("cls_token", "pos_embed")
+                momentum[name] = 0.9 * momentum[name] + grad + 0.3 * decays * p.detach()
+                p.data -= lr * 0.5 ** (5 - depth) * momentum[name]
+    found = [*backbone.net.parameters(), head[0].T, head[1]]
+    for (name, expected), p in zip(named, found, strict=True):
+        torch.testing.assert_close(p, expected.detach(), atol=1e-7, rtol=1e-5, msg=name)
+    ratios = torch.tensor(rates[1:], dtype=DOUBLE) / torch.tensor(rates[1:]).amax(dim=1, keepdim=True)
+    assert rates[0] == [0.0] * len(rates[0]) and torch.allclose(ratios, ratios[:1]) and len(rates) == 12
+    assert sorted({round(ratio, 5) for ratio in ratios[0].tolist()}) == [0.03125, 0.0625, 0.125, 0.25, 0.5, 1]
+
+
+def test_finetune_hangs_on_no_worker(vit_file):
+    """Mixing and drop path draw the same, whoever has read the images."""
+    labels, found = torch.arange(16) % 2, []
+    for workers in (0, 1):
+        args = Args(
+            **TUNING | {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.5, "workers": workers, "epochs": 1}
+        )
+        backbone = load_backbone(str(vit_file), mode="finetune")
+        pictures = eval_linear.Pictures(list(range(16)), 32, eval_linear.random_crop(32, 0.5))
+        found.append(eval_linear.finetune(backbone, pictures, labels, 2, args, torch.device("cpu"))[0])
+    assert torch.equal(*found)
+
+
+def test_blocks_behind_the_last_layer_are_not_tuned(vit_file):
+    """They would get no gradient, which several processes refuse; predict has the same network."""
+    net = load_backbone(str(vit_file), feature="cls", layers=(1, 0), mode="finetune").net
+    images = torch.randn(2, 3, 32, 32)
+    before = net.eval()(images)
+    net.start_finetune(0.1)
+    assert len(net.blocks) == 2 and [block.drop_path for block in net.blocks] == [0, 0.1]
+    torch.testing.assert_close(net(images), before)
+    net(images).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_batches_too_small(vit_file, monkeypatch):
+    net, device = simclr.resnet("resnet18", "imagenet")[0], torch.device("cpu")
+    backbone = eval_linear.Backbone(net, 512, 32, eval_linear.MEAN, eval_linear.STD, "simclr", "resnet18")
+    with pytest.raises(SystemExit, match="--batch-size 1: 1 of 4 images .* too few for this network"):
+        pictures = Rows(torch.zeros(4, 3, 32, 32))
+        eval_linear.finetune(backbone, pictures, torch.arange(4) % 2, 2, Args(batch_size=1), device)
+    features, labels = clusters(9)
+    for batch_size in (1, 2):  # of 9 images the fifth batch of 2 has one
+        with pytest.raises(SystemExit, match=f"--batch-size {batch_size}: with --probe-norm no batch may"):
+            linear_probe(features, labels, 3, Args(batch_size=batch_size, probe_norm=True, rates=(1.0,)))
+    monkeypatch.setattr(eval_linear, "processes", lambda: (0, 8))
+    with pytest.raises(SystemExit, match="--batch-size 256: 0 of 4 images for each process"):
+        backbone = load_backbone(str(vit_file), mode="finetune")
+        eval_linear.finetune(backbone, pictures, torch.arange(4) % 2, 2, Args(), device)
 
 
 # Counting: oracles 6 and 7, and labels

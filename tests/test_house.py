@@ -27,7 +27,7 @@ LINES |= {
     "moco": 686,
     "moco_v3": 796,
     "dino": 824,
-    "eval_linear": 962,
+    "eval_linear": 1040,
     "ijepa": 758,
 }
 PACKAGES = {"torch", "torchvision", "einops", "tyro", "tensorboard", "tqdm"}
