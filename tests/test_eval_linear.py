@@ -760,7 +760,6 @@ def test_watch_follows_a_run(tmp_path, backbone_file):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = backbone_file.parent
-    (run / "metrics.jsonl").write_text('{"step": 5}\n')
     words = [sys.executable, eval_linear.__file__, "--watch", str(run), "--labels", "50", "--workers", "0"]
     listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # in the background too
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -777,15 +776,151 @@ def test_watch_follows_a_run(tmp_path, backbone_file):
             time.sleep(0.5)
 
     try:
-        wait_for([5])
+        wait_for([0])  # no metrics.jsonl yet
         (run / "metrics.jsonl").write_text('{"step": 5}\n{"step": 10}\n')
         state = torch.load(backbone_file, weights_only=True)
         simclr.save_checkpoint(backbone_file, **state)
-        wait_for([5, 10])
+        wait_for([0, 10])
     finally:
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in output, output
+
+
+def test_watch_ends_as_quietly_while_it_measures(tmp_path, monkeypatch, backbone_file):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(eval_linear, "extract_features", interrupted)
+    assert evaluate(Args(watch=str(backbone_file.parent), labels=50, workers=0)) == {}
+
+
+def flat(tmp_path, n):
+    (tmp_path / "flat").mkdir()
+    for i in range(n):
+        simclr.demo_image(i)[0].save(tmp_path / f"flat/{i}.png")
+    write_csv(tmp_path / "two.csv", [(f"{i}.png", "ab"[i % 2]) for i in range(n)])
+    return {"data": str(tmp_path / "flat"), "labels_csv": str(tmp_path / "two.csv"), "workers": 0}
+
+
+def test_rows_are_by_the_k_asked_for(tmp_path, monkeypatch, capsys):
+    """Also where folds have fewer labels, each another number of them; the labels are those of a fold."""
+    monkeypatch.chdir(tmp_path)
+    result = evaluate(Args("pixels", "knn", side=8, k=(20, 200, 20), **flat(tmp_path, 12)))
+    assert len(result["results"]) == 10 and result["n"] == 12 and result["labels"] == 9
+    assert [r["choice"]["used"] for r in result["results"]] == [9, 9, 9, 9, 10, 10, 10, 10, 10, 10]
+    first = [r["top1"] for r in result["results"] if r["choice"]["k"] == 20]
+    assert result["top1"] == pytest.approx(sum(first) / 5) and len(first) == 5
+    printed = capsys.readouterr().out
+    assert "9 labels, 5 x 3 test images" in printed and printed.count("+-") == 2
+
+
+@pytest.mark.parametrize("how", [{"labels": 6}, {"label_fraction": 0.6}])
+def test_the_head_learns_from_as_many_labels_as_the_folds(tmp_path, monkeypatch, how):
+    monkeypatch.chdir(tmp_path)
+    learnt, fit = [], eval_linear.logreg
+    monkeypatch.setattr(eval_linear, "logreg", lambda x, *rest: learnt.append(len(x)) or fit(x, *rest))
+    result = evaluate(Args("pixels", "logreg", side=8, **how, **flat(tmp_path, 15)))
+    assert learnt == ([6] * 6 if "labels" in how else [7] * 5 + [9]) and result["labels"] == learnt[0]
+    written = json.loads((tmp_path / "runs/pixels/eval-logreg.json").read_text())
+    assert written["labels"] == learnt[0] and not (tmp_path / "runs/pixels/head.pt.tmp").exists()
+
+
+def test_features_that_are_not_finite(backbone_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = torch.load(backbone_file, weights_only=True)
+    state["state_dict"]["conv1.weight"][0] = math.nan
+    torch.save(state, backbone_file)
+    for mode in ("knn", "logreg", "features"):
+        data = flat(tmp_path / mode, 10) if (tmp_path / mode).mkdir() is None else {}
+        with pytest.raises(SystemExit, match="simclr resnet18: its features are not finite; give --amp off"):
+            evaluate(Args(str(backbone_file), mode, **data))
+    assert not (backbone_file.parent / "eval-knn.json").exists()
+
+
+def test_flags_without_effect(backbone_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("layers", (-4, -1)), ("feature", "mean"), ("drop_path", 0.1)):
+        flag = name.replace("_", "-")
+        for path in (str(backbone_file), "pixels"):
+            refused(f"--{flag} .*: has no effect on", backbone=path, mode="features", **{name: value})
+    refused("--layers .* on resnet18; leave it at", backbone=str(backbone_file), mode="knn", layers=(0,))
+    head = torch.nn.Linear(768, 2)
+    net = torchvision.models.get_model("vit_b_32")
+    with pytest.raises(SystemExit, match="--layer-decay 0.7: finds no layers"):
+        eval_linear.layer_groups(net, head, 0.0, 0.7)
+    assert len(eval_linear.layer_groups(net, head, 0.0, 1.0)) == 2
+
+
+class Kept(torch.utils.data.Dataset):
+    """A torchvision data set that keeps its labels and counts the images decoded."""
+
+    decoded = 0
+
+    def __init__(self, root, download, train):
+        self.classes, self.n = ["a", "b"], 12 if train else 6
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        type(self).decoded += 1
+        return simclr.demo_image(index)[0], index % 2
+
+
+@pytest.mark.parametrize("name", ["targets", "labels", "_labels", ""])
+def test_labels_of_a_torchvision_set(tmp_path, monkeypatch, name):
+    """Where it keeps them no image is decoded; features.pt says which image a row is of."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torchvision.datasets, "Kept", Kept, raising=False)
+    monkeypatch.setattr(Kept, name or "other", property(lambda self: [i % 2 for i in range(self.n)]), False)
+    monkeypatch.setattr(Kept, "decoded", 0)
+    _, labels, classes, is_test = eval_linear.read_labels("Kept")
+    assert labels.tolist() == [0, 1] * 9 and labels.dtype == torch.int64 and is_test.sum() == 6
+    assert classes == ["a", "b"] and Kept.decoded == (0 if name else 18)
+    evaluate(Args("pixels", "features", data="Kept", side=8, workers=0))
+    items = torch.load(tmp_path / "runs/pixels/features.pt", weights_only=True)["items"]
+    assert items == [str(i) for i in [*range(12), *range(6)]]
+
+
+def test_one_process_downloads(tmp_path):
+    run_processes(
+        tmp_path,
+        """
+import os, time, torchvision, torch.distributed as dist, eval_linear
+class Slow:
+    classes, targets = ["a", "b"], [0, 1]
+    def __init__(self, root, download, train):
+        if dist.get_rank():
+            assert os.path.exists("there")
+        time.sleep(0.5)
+        open("there", "w").close()
+    def __len__(self):
+        return 2
+torchvision.datasets.Slow = Slow
+dist.init_process_group("gloo")
+assert len(eval_linear.read_labels("Slow")[0]) == 4
+try:
+    eval_linear.evaluate(eval_linear.Args(watch=".", device="cpu", labels=0))
+except (SystemExit, ValueError) as error:
+    assert "--watch .: works without torchrun" in str(error) or "twice" in str(error), error
+dist.destroy_process_group()
+""",
+    )
+
+
+def test_pictures_without_augmentation(tmp_path):
+    """Above 32 pixels the middle 87.5 % of each side, resized; at most 32 the whole."""
+    from PIL import Image
+
+    image = Image.frombytes("RGB", (128, 160), torch.arange(128 * 160 * 3).byte().numpy().tobytes())
+    image = image.resize((16, 20)).resize((128, 160))  # smooth
+    image.save(tmp_path / "a.png")
+    for side, cut in ((64, 8), (32, 0)):
+        box = cut, 16 + cut, 128 - cut, 144 - cut  # of the square in the middle
+        slow = image.resize((side, side), Image.BICUBIC, box=box)
+        found = eval_linear.Pictures([str(tmp_path / "a.png")], side)[0][1]
+        assert torch.equal(found, torchvision.transforms.v2.functional.pil_to_tensor(slow))
 
 
 def refused(match, **options):
@@ -875,6 +1010,18 @@ def test_bad_input(tmp_path, backbone_file, monkeypatch):
     refused(
         "--warmup-epochs 9.0: must be 0 or more, at most 3", backbone="pixels", warmup_epochs=9.0, epochs=3
     )
+    refused("--warmup-epochs 31.0: .*at most 30", backbone="pixels", warmup_epochs=31.0, mode="finetune")
+    refused("--warmup-epochs 101.0: .*at most 100", backbone="pixels", warmup_epochs=101.0)
+    refused("--decay-epochs .*at most 7", backbone="pixels", decay_epochs=(3, 8), epochs=7)
+    refused("--preset mae: must be one of simclr-linear, ", backbone="pixels", preset="mae")
+    refused("--watch run/nowhere: no such folder", backbone="pixels", watch="run/nowhere")
+    assert not (tmp_path / "run/nowhere").exists()
+    (tmp_path / "hole.csv").write_text("path,label\n0.png,a\n\n1.png,\n")
+    refused("hole.csv: line 4 must be path,label", **good, labels_csv="hole.csv")
+    (tmp_path / "long.csv").write_text("0.png," + 2**18 * "a")
+    refused("long.csv: field larger than field limit", **good, labels_csv="long.csv")
+    write_csv("same.csv", [("0.png", "a"), ("./0.png", "a"), ("1.png", "b"), ("x/../1.png", "b")])
+    assert len(eval_linear.read_csv("flat", "same.csv")[0]) == 2
     state = torch.load(backbone_file, weights_only=True)
     weights = {f"module.{name}": tensor for name, tensor in state["state_dict"].items()}
     torch.save(state | {"state_dict": weights}, "prefix.pt")
