@@ -53,7 +53,7 @@ from tqdm import tqdm
 class Args:
     backbone: str = "runs/simclr/backbone.pt"  # file, random:FILE (untrained), pixels, resnet50, timm:NAME
     mode: Literal["linear", "finetune", "knn", "logreg", "features", "predict"] = "linear"  # see above
-    preset: str = ""  # recipe of a paper: simclr-linear, mae-finetune, ...; a wrong name lists all
+    preset: str = ""  # recipe of a paper, on the command line: mae-finetune, ...; a wrong name lists all
     data: str = "demo"  # demo, a folder of images in any layout, or a torchvision data set such as CIFAR10
     labels_csv: str = ""  # file with path,label lines for a flat --data folder, evaluated in 5 folds
     labels: int = 0  # labelled training images to use, the same number of each class; 0: all
@@ -89,11 +89,14 @@ class Args:
 
 
 # Rates are those at batch 256; cosines go by steps (MoCo v3, DINO: by epochs) to 0 (MAE's finetune: 1e-6).
+# Unlike some papers, everywhere: probes start at 0 (most: normal, std 0.01); crops are bicubic (MoCo, DINO,
+# BEiT: bilinear); the last norm comes after any block (BEiT's 9th: none); a whole tenth picks the rate.
 PROBE = "--mode linear --augment --solver sgd --batch-size"
 PRESETS = {
     "simclr-linear": f"{PROBE} 4096 --solver nesterov --rates 0.1 --epochs 90",  # 2002.05709 B.6
     "simclr-finetune": "--mode finetune --solver nesterov --batch-size 4096 --base-lr 0.05",  # B.5
     "moco-linear": f"{PROBE} 256 --rates 30 --epochs 100 --decay-epochs 60 80",  # main_lincls.py
+    "moco_v3-linear": f"{PROBE} 1024 --rates 0.1 3 --epochs 90",  # CONFIG.md: 0.1 of ResNets, 3 of ViTs
     "byol-linear": f"{PROBE} 1024 --solver nesterov --rates 0.4 0.3 0.2 0.1 0.05 --epochs 80",  # C.1
     "dino-linear": f"{PROBE} 1024 --rates 0.001 --epochs 100 --layers -4 -3 -2 -1",  # eval_linear.py, ViT-S
     "beit-linear": f"{PROBE} 1024 --solver adamw --rates 0.001 --weight-decay 1e-4 --epochs 50 "
@@ -109,9 +112,12 @@ PRESETS = {
 def expand_preset(words):
     """The words of a command line behind those of the preset among them, so that they win."""
     name = (re.findall(r"--preset[ =](\S+)", " ".join(words)) or [""])[0]
-    if name and name not in PRESETS:
-        raise SystemExit(f"--preset {name}: must be one of {', '.join(PRESETS)}")
     return PRESETS.get(name, "").split() + words
+
+
+def processes():
+    """Rank, and number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 # --- Labels -------------------------------------------------------------------------------------------------
@@ -169,7 +175,8 @@ def read_labels(data, labels_csv=""):
         root = train if os.path.isdir(train) else data
         files = [(path, os.path.relpath(path, root)) for path in find_images(root)]
         files = [(path, name, zlib.crc32(name.encode()) % 5 == 0) for path, name in files]
-        print(f"{data}: no test images; one image in five, by the hash of its path, is for testing")
+        if processes()[0] == 0:
+            print(f"{data}: no test images; one image in five, by the hash of its path, is for testing")
     names = [name.split(os.sep)[0] if os.sep in name else None for _, name, _ in files]
     classes = sorted(set(names) - {None})
     if len(classes) < 2 or None in names:
@@ -182,13 +189,16 @@ def read_csv(data, labels_csv):
     """As read_labels, of a file with path,label lines; paths are relative to the folder `data`."""
     try:
         with open(labels_csv, newline="", encoding="utf-8-sig") as file:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
-    except (OSError, UnicodeDecodeError) as error:
+            reader = csv.reader(file)
+            rows = [([cell.strip() for cell in row], reader.line_num) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SystemExit(f"--labels-csv {labels_csv}: {error}")
-    rows = rows[1:] if rows and rows[0][:2] == ["path", "label"] else rows
-    if any(len(row) != 2 for row in rows):
-        raise SystemExit(f"--labels-csv {labels_csv}: every line must be path,label")
-    rows = dict(rows).items()  # each file once: a copy would be learnt in one fold and tested in another
+    rows = rows[1:] if rows and rows[0][0][:2] == ["path", "label"] else rows
+    for row, line in rows:
+        if len(row) != 2 or not all(row):
+            raise SystemExit(f"--labels-csv {labels_csv}: line {line} must be path,label")
+    # each file once, however it is written: a copy would be learnt in one fold and tested in another
+    rows = {os.path.normpath(path): label for (path, label), _ in rows}.items()
     items = [os.path.join(data, path) for path, _ in rows]
     missing = [path for path in items if not os.path.isfile(path)]
     if missing:
@@ -202,6 +212,9 @@ def read_csv(data, labels_csv):
 def read_torchvision(name):
     """As read_labels, of a torchvision data set with a training and a test split."""
     kind, parts = getattr(torchvision.datasets, name, None), []
+    rank, world = processes()
+    if rank:
+        dist.barrier()  # the first process downloads, then the others read
     for key, names in (("train", (True, False)), ("split", ("train", "test")), ("split", ("train", "val"))):
         try:
             parts = [kind("data", download=True, **{key: value}) for value in names]
@@ -210,10 +223,21 @@ def read_torchvision(name):
             reason = error if kind else "torchvision has no data set of this name"
     if not parts:
         raise SystemExit(f"--data {name}: no folder, no download ({reason}). Give a folder, or demo")
+    if world > 1 and not rank:
+        dist.barrier()
     items = [(part, index) for part in parts for index in range(len(part))]
-    labels = torch.tensor([int(part[index][1]) for part, index in items])
+    labels = torch.cat([labels_of(part) for part in parts])
     classes = list(getattr(parts[0], "classes", range(int(labels.max()) + 1)))
     return items, labels, [str(name) for name in classes], torch.arange(len(items)) >= len(parts[0])
+
+
+def labels_of(part):
+    """Labels (n,) of a torchvision data set: as it keeps them, or else with each image decoded."""
+    for name in ("targets", "labels", "_labels"):
+        labels = torch.as_tensor(getattr(part, name, ()))
+        if labels.shape == (len(part),):
+            return labels.long()
+    return torch.tensor([int(part[index][1]) for index in range(len(part))])
 
 
 def stratified_subset(labels, count, seed):
@@ -291,8 +315,8 @@ HEADS = {"vit_nano": 4, "vit_tiny": 3, "vit_small": 6, "vit_base": 12, "vit_larg
 class ViT(nn.Module):
     """Vision transformer with the parts in `shapes`, {name in timm: shape}; images (B, 3, H, W) -> feature
     (B, D): cls, mean (of patch tokens) or both, normed, of each of the blocks `layers`, side by side.
-    offset: of resize_positions; xavier: initialised as MAE; None: as CLIP, mostly by PyTorch. block: further
-    arguments of ViTBlock. Uses ViTBlock, resize_positions."""
+    offset: of resize_positions; xavier: initialised as MAE, "qkv" as MoCo v3; None: as CLIP, mostly by
+    PyTorch. block: further arguments of ViTBlock. Uses ViTBlock, resize_positions."""
 
     def __init__(self, shapes, heads, feature, layers, offset=0.0, eps=1e-6, xavier=False, **block):
         super().__init__()
@@ -300,7 +324,7 @@ class ViT(nn.Module):
         conv = nn.Conv2d(3, dim, patch, patch, bias="patch_embed.proj.bias" in shapes)
         self.patch_embed = nn.Sequential(OrderedDict(proj=conv))
         for name in (name for name in ("cls_token", "reg_token", "pos_embed") if name in shapes):
-            std = dim**-0.5 if xavier is None else 0.02
+            std = {None: dim**-0.5, "qkv": 1e-6}.get(xavier, 0.02)
             self.register_parameter(name, nn.Parameter(std * torch.randn(shapes[name])))
         if "norm_pre.weight" in shapes:
             self.norm_pre = nn.LayerNorm(dim, eps=eps)
@@ -320,10 +344,15 @@ class ViT(nn.Module):
         self.dim = dim * len(self.layers) * (2 if feature == "both" else 1)
         if xavier:
             nn.init.xavier_uniform_(conv.weight.view(dim, -1))
-        for layer in self.modules() if xavier is not None else ():
+        if xavier == "qkv":
+            nn.init.zeros_(conv.bias)
+        for name, layer in self.named_modules() if xavier is not None else ():
             if not isinstance(layer, nn.Linear):
                 continue
-            nn.init.xavier_uniform_(layer.weight) if xavier else nn.init.normal_(layer.weight, std=0.02)
+            if xavier:  # "qkv": q, k and v one by one, a bound of D + D instead of 3 D + D
+                nn.init.xavier_uniform_(layer.weight, 2**0.5 if xavier == name[-3:] else 1.0)
+            else:
+                nn.init.normal_(layer.weight, std=0.02)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
@@ -349,7 +378,9 @@ class ViT(nn.Module):
         return self.fc_norm(torch.cat(parts, dim=1))
 
     def start_finetune(self, drop_path):
-        """Stochastic depth rising to drop_path; of mean tokens, a fresh norm after the mean (MAE, BEiT)."""
+        """Stochastic depth rising to drop_path; of mean tokens, a fresh norm after the mean (MAE, BEiT).
+        Blocks behind the last of `layers` go: they get no gradient, which DistributedDataParallel refuses."""
+        self.blocks = self.blocks[: max(self.layers) + 1]
         for i, block in enumerate(self.blocks):
             block.drop_path = drop_path * i / max(1, len(self.blocks) - 1)
         if self.feature == "mean":
@@ -442,7 +473,7 @@ def published(name, side):
 
 def load_backbone(path, seed=0, side=0, feature="auto", layers=(-1,), mode="linear"):
     """backbone.pt, random:FILE (its network untrained), pixels, or a name of torchvision or timm; SystemExit
-    if it cannot be filled. feature auto: [CLS]; mean token if there is none, and of masked models to tune."""
+    if it cannot be filled. feature auto: [CLS]; the mean token if there is none, of BEiT, of MAE to tune."""
     if path == "pixels":
         return Backbone(nn.Identity(), 3 * (side or 32) ** 2, side or 32, MEAN, STD, "pixels", "pixels")
     file = path.removeprefix("random:")
@@ -461,7 +492,10 @@ def load_backbone(path, seed=0, side=0, feature="auto", layers=(-1,), mode="line
             fixed = options.pop("fixed_positions", False)
             options["xavier"] = None if method == "clip" else options.get("xavier", False)
             net = ViT(shapes, layers=layers, **options)
-            dim = net.dim
+            dim, conv = net.dim, net.patch_embed.proj
+            if method == "ijepa":  # draws its patches too, as ijepa.py does
+                nn.init.normal_(conv.weight, std=0.02 * 16 / patch_size)
+                nn.init.zeros_(conv.bias)
             if fixed:  # a part of the network, not of what it has learnt
                 net.pos_embed.data.copy_(state["state_dict"]["pos_embed"])
         else:
@@ -479,6 +513,14 @@ def load_backbone(path, seed=0, side=0, feature="auto", layers=(-1,), mode="line
     return Backbone(net, dim, side or state["image_size"], state["mean"], state["std"], method, state["arch"])
 
 
+def check_effect(args, backbone):
+    """SystemExit at a flag for the ViTs of a backbone.pt that this network would ignore."""
+    for name in ("layers", "feature", "drop_path") if not isinstance(backbone.net, ViT) else ():
+        if (value := getattr(args, name)) != (default := getattr(Args, name)):
+            flag = name.replace("_", "-")
+            raise SystemExit(f"--{flag} {value}: has no effect on {backbone.arch}; leave it at {default}")
+
+
 def fingerprint(module):
     """A number that changes when any weight or buffer does."""
     tensors = [t.detach().cpu().contiguous().numpy() for t in module.state_dict().values()]
@@ -488,7 +530,7 @@ def fingerprint(module):
 @torch.no_grad()
 def extract_features(backbone, pictures, workers=0, device="cpu", amp=None, batch_size=256, key=None):
     """Features (n, D) float32 of Pictures, in their order; each process computes its share, once."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = processes()
     backbone, pictures.key = backbone.to(device).eval(), key or pictures.key
     mine = torch.utils.data.Subset(pictures, range(rank, len(pictures), world))
     features = torch.zeros(len(pictures), backbone.dim, device=device)
@@ -499,6 +541,9 @@ def extract_features(backbone, pictures, workers=0, device="cpu", amp=None, batc
         features[index.to(device)] = rows.float()
     if world > 1:
         dist.all_reduce(features)
+    if not torch.isfinite(features).all():
+        words = "its features are not finite; give --amp off, or train it again, it may have diverged"
+        raise SystemExit(f"{backbone.method} {backbone.arch}: {words}")
     return features.cpu()
 
 
@@ -576,14 +621,19 @@ def make_optimizer(name, groups, lr):
     return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=name == "nesterov")
 
 
-def linear_probe(features, labels, classes, args, seed=0, augmented=None):
+def linear_probe(features, labels, classes, args, seed=0, augmented=None, device="cpu"):
     """One linear layer for each of args.rates in one pass: weight (D, C), bias (C,), what was chosen. A tenth
-    of the labels, stratified, picks the rate and is not trained on; with one rate all are. features (n, D);
-    augmented(key=(seed, epoch)) replaces them in training; probe_norm ends as part of the layer."""
+    of the labels, stratified, picks the rate and is not trained on; with one rate all are. features (n, D),
+    whose batches go to the device; augmented(key=(seed, epoch)) replaces them in training; probe_norm ends
+    as part of the layer."""
     rates = args.rates or [10.0**power * digit for power in range(-3, 2) for digit in (1, 3)]
     held = (stratified_folds(labels, 10, seed) == 0) & (labels.bincount()[labels] > 1) & (len(rates) > 1)
     train, epochs = (~held).nonzero()[:, 0], args.epochs or 100
     steps = math.ceil(len(train) / args.batch_size)
+    if args.probe_norm and len(train) < 2 * steps:
+        raise SystemExit(
+            f"--batch-size {args.batch_size}: with --probe-norm no batch may have one image alone"
+        )
     generator = torch.Generator().manual_seed(seed)
     norm = nn.Identity()
     if args.probe_norm:  # momentum None: statistics of all batches, not of the last ten
@@ -593,8 +643,9 @@ def linear_probe(features, labels, classes, args, seed=0, augmented=None):
         scale = {"lr_scale": rate * len(train) / steps / 256}
         groups.append({"params": nn.init.zeros_(head.weight), "weight_decay": args.weight_decay} | scale)
         groups.append({"params": nn.init.zeros_(head.bias), "weight_decay": 0.0} | scale)
+    heads, norm = heads.to(device), norm.to(device)
     optimizer = make_optimizer(args.solver, groups, lr=0.0)
-    for epoch in tqdm(range(epochs), desc="linear", leave=False):
+    for epoch in tqdm(range(epochs), desc="linear", leave=False, disable=processes()[0] > 0):
         rows = augmented(key=(seed, epoch)) if augmented else features
         order = train[torch.randperm(len(train), generator=generator)]
         for i, batch in enumerate(order.tensor_split(steps)):
@@ -603,11 +654,12 @@ def linear_probe(features, labels, classes, args, seed=0, augmented=None):
                 factor = 0.1 ** sum(epoch >= decay for decay in args.decay_epochs)
             for group in optimizer.param_groups:
                 group["lr"] = group["lr_scale"] * factor
-            x = norm(rows[batch])
-            logits, targets = torch.cat([head(x) for head in heads]), labels[batch].repeat(len(rates))
+            x, targets = norm(rows[batch].to(device)), labels[batch].to(device).repeat(len(rates))
+            logits = torch.cat([head(x) for head in heads])
             optimizer.zero_grad()
             (F.cross_entropy(logits, targets, reduction="sum") / len(batch)).backward()
             optimizer.step()
+    heads, norm = heads.cpu(), norm.cpu()
     weights = torch.stack([head.weight.detach().T for head in heads])
     biases = torch.stack([head.bias.detach() for head in heads])
     if args.probe_norm:  # W (x - mean) / std + b is a linear layer again
@@ -615,6 +667,10 @@ def linear_probe(features, labels, classes, args, seed=0, augmented=None):
         biases = biases - norm.running_mean @ weights
     scores = features[held] @ weights + biases[:, None]  # (rates, held, C)
     best = max(range(len(rates)), key=lambda i: held_out_score(scores[i], labels[held]))
+    if len(rates) > 1 and not held.any():
+        best = rates.index(sorted(rates)[len(rates) // 2])
+        if processes()[0] == 0:
+            print(f"--rates: too few labels to hold any out; the middle one, {rates[best]:g}, is taken")
     return weights[best], biases[best], {"rate": rates[best]}
 
 
@@ -626,6 +682,8 @@ def layer_groups(net, head, weight_decay, layer_decay):
     found = [re.match(r"blocks\.(\d+)|layer(\d)", name) for name, _ in named]
     ids = [int(match[2] or int(match[1]) + 1) if match else None for match in found]
     depth, groups = max((id for id in ids if id), default=0), {}
+    if layer_decay != 1 and not depth:
+        raise SystemExit(f"--layer-decay {layer_decay}: finds no layers in this network; leave it at 1.0")
     for (name, p), id in zip(named, ids, strict=True):
         at_input = re.match("cls_token|reg_token|pos_embed|patch_embed|norm_pre|conv1|bn1", name)
         id = (0 if at_input else depth + 1) if id is None else id
@@ -639,9 +697,12 @@ def layer_groups(net, head, weight_decay, layer_decay):
 def finetune(backbone, train, labels, classes, args, device, amp=None, seed=0):
     """Train `backbone` and a linear layer, returned as by linear_probe; by default as SimCLR (App. B.5): SGD,
     no warm-up, crops and flips, BatchNorm in train mode. Several processes share each batch."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = processes()
+    epochs, batch_size = args.epochs or 30, min(args.batch_size, len(train)) // world
+    if batch_size < (2 if any("BatchNorm" in type(m).__name__ for m in backbone.modules()) else 1):
+        words = f"{batch_size} of {len(train)} images for each process are too few for this network"
+        raise SystemExit(f"--batch-size {args.batch_size}: {words}")
     torch.manual_seed(hash((seed, rank)) % 2**32)
-    epochs = args.epochs or 30
     if args.rand_augment:
         train.crop = v2.Compose([train.crop, v2.RandAugment()])
     if isinstance(backbone.net, ViT):
@@ -650,7 +711,6 @@ def finetune(backbone, train, labels, classes, args, device, amp=None, seed=0):
     nn.init.trunc_normal_(head.weight, std=2e-5)
     nn.init.zeros_(head.bias)
     model = nn.Sequential(backbone, head).to(device)
-    batch_size = min(args.batch_size, len(train)) // world
     peak_lr = args.base_lr * batch_size * world / 256
     groups = layer_groups(backbone.net, head, args.weight_decay, args.layer_decay)
     optimizer = make_optimizer(args.solver, groups, peak_lr)
@@ -673,6 +733,7 @@ def finetune(backbone, train, labels, classes, args, device, amp=None, seed=0):
             for group in optimizer.param_groups:
                 group["lr"] = group["lr_scale"] * cosine_schedule(step, total, warmup, peak_lr)
             images, targets = images.to(device).float(), labels[index].to(device)
+            torch.manual_seed(hash((seed, step, rank)) % 2**32)  # else it depends on who read the images
             if mix:
                 images, targets = mix(images, targets)
             with torch.autocast(device.type, amp, enabled=amp is not None):
@@ -708,17 +769,19 @@ def splits(labels, is_test, args, seed):
 
 
 def evaluate(args: Args) -> dict:
-    """Do --mode, print a table, write eval-MODE.json and head.pt beside the backbone; returns the results."""
+    """Do --mode, print a table, write eval-MODE.json and head.pt beside the backbone; returns the results.
+    args.preset is a note here: only the command line turns it into flags (expand_preset)."""
+    if args.preset and args.preset not in PRESETS:
+        raise SystemExit(f"--preset {args.preset}: must be one of {', '.join(PRESETS)}")
     zero = "labels side epochs weight_decay workers seed warmup_epochs drop_path label_smoothing mixup cutmix"
     at_most = dict.fromkeys(("label_fraction", "min_scale", "layer_decay", "drop_path", "label_smoothing"), 1)
-    at_most |= {"warmup_epochs": args.epochs} if args.epochs else {}
+    epochs = args.epochs or (30 if args.mode == "finetune" else 100)
+    at_most |= {"warmup_epochs": epochs, "decay_epochs": epochs}
     check_flags(replace(args, layers=(), k=args.k or (0,)), zero.split(), **at_most)
-    if args.watch:
-        return follow(args)
     rank, world, device, amp = start_processes(args.device, args.amp)
     try:
-        work = {"predict": predict, "features": export_features}
-        results = work.get(args.mode, measure)(args, rank, device, amp)
+        work = follow if args.watch else {"predict": predict, "features": export_features}.get(args.mode)
+        results = (work or measure)(args, rank, device, amp)
     except (KeyboardInterrupt, OSError) as error:  # a worker's error comes behind its traceback
         raise SystemExit((str(error) or "interrupted").splitlines()[-1])
     if world > 1:
@@ -734,16 +797,19 @@ def measure(args, rank, device, amp):
     for seed in range(args.seed, last := args.seed + args.seeds):
         pairs = list(splits(labels, is_test, args, seed))
         if is_test is None and seed == last - 1 and args.mode != "knn":
-            pairs.append((torch.arange(len(labels)), None))  # the folds measure, a head learns from all
+            count = args.labels or round(args.label_fraction * len(labels))
+            pairs.append((stratified_subset(labels, count, seed), None))  # folds measure, this makes a head
         if features is None or args.backbone.startswith("random:"):
             backbone = load_backbone(args.backbone, seed, *choice)
+            check_effect(args, backbone)
             before, pictures = fingerprint(backbone), Pictures(items, backbone.side)
             features = None if tunes else extract_features(backbone, pictures, *options)
         for train, test in pairs:
             if args.mode == "knn":
-                for k in args.k:
+                for k in dict.fromkeys(args.k):
                     scores = knn(features[train], labels[train], features[test], k, len(classes))
-                    results.append({"choice": {"k": min(k, len(train))}} | accuracy(scores, labels[test]))
+                    chosen = {"k": k, "used": min(k, len(train))}
+                    results.append({"choice": chosen, "labels": len(train)} | accuracy(scores, labels[test]))
                 continue
             fitted = load_backbone(args.backbone, seed, *choice) if tunes else backbone
             crop = random_crop(fitted.side, args.min_scale)
@@ -755,13 +821,14 @@ def measure(args, rank, device, amp):
                 weight, bias, chosen = logreg(*known, seed)
             else:
                 augmented = partial(extract_features, fitted, pictures, *options) if args.augment else None
-                weight, bias, chosen = linear_probe(*known, args, seed, augmented)
+                weight, bias, chosen = linear_probe(*known, args, seed, augmented, device)
             if not torch.isfinite(weight).all():
                 raise SystemExit(f"--mode {args.mode}: weights are not finite; lower --base-lr or --rates")
             if test is not None:
                 pictures = Pictures([items[i] for i in test], fitted.side)
                 rows = extract_features(fitted, pictures, *options) if tunes else features[test]
-                results.append({"choice": chosen} | accuracy(rows @ weight + bias, labels[test]))
+                scores = rows @ weight + bias
+                results.append({"choice": chosen, "labels": len(train)} | accuracy(scores, labels[test]))
         if fingerprint(backbone) != before:
             raise RuntimeError("the frozen backbone has changed")
     if rank:
@@ -769,34 +836,44 @@ def measure(args, rank, device, amp):
     if args.mode != "knn":
         tuned = {name: tensor.cpu() for name, tensor in fitted.net.state_dict().items()} if tunes else None
         state = {"weight": weight, "bias": bias, "classes": classes, "finetuned": tuned, "seed": seed}
-        torch.save(state | {"choice": choice, "fingerprint": before}, output_file(args, "head.pt"))
-    return report(args, results, len(train), backbone)
+        path = output_file(args, "head.pt")
+        torch.save(state | {"choice": choice, "fingerprint": before}, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)  # a kill leaves the old file or the new one
+    return report(args, results, backbone)
 
 
 def export_features(args, rank, device, amp):
-    """features.pt: features (n, D) and items, the paths of the images of a folder, which needs no labels."""
+    """features.pt: features (n, D) and items, the paths of the images of a folder, which needs no labels; of
+    a torchvision set their indices, first all of training, then of test."""
     items = find_images(args.data) if os.path.isdir(args.data) else read_labels(args.data)[0]
     if not items:
         raise SystemExit(f"--data {args.data}: no images found")
     backbone = load_backbone(args.backbone, args.seed, args.side, args.feature, args.layers)
+    check_effect(args, backbone)
     features = extract_features(backbone, Pictures(items, backbone.side), args.workers, device, amp)
     if rank == 0:
         path = output_file(args, "features.pt")
-        torch.save({"features": features, "items": [str(item) for item in items]}, path)
+        names = [str(item[1] if isinstance(item, tuple) else item) for item in items]
+        torch.save({"features": features, "items": names}, path)
         print(f"{path}: {tuple(features.shape)}")
     return {"n": len(features)}
 
 
-def follow(args):
+def follow(args, rank, device, amp):
     """k-NN of the run folder --watch whenever its backbone.pt is replaced, as eval/knn_top1, until Ctrl-C."""
     run, seen = Path(args.watch), None
+    if not run.is_dir() or dist.is_initialized():
+        reason = "works without torchrun" if run.is_dir() else "no such folder; start the training first"
+        raise SystemExit(f"--watch {run}: {reason}")
     print(f"watching {run}/backbone.pt; Ctrl-C ends it")
     board = SummaryWriter(run, filename_suffix=".knn")
     try:
         while True:
             if (path := run / "backbone.pt").exists() and path.stat().st_mtime_ns != seen:
-                seen, lines = path.stat().st_mtime_ns, (run / "metrics.jsonl").read_text().split("\n")[:-1]
-                result = evaluate(replace(args, watch="", mode="knn", backbone=str(path)))
+                seen, log = path.stat().st_mtime_ns, run / "metrics.jsonl"
+                lines = log.read_text().split("\n")[:-1] if log.exists() else []
+                now = replace(args, watch="", mode="knn", backbone=str(path))
+                result = measure(now, rank, device, amp)  # not evaluate, which makes an error of Ctrl-C
                 step = json.loads(lines[-1])["step"] if lines else 0
                 board.add_scalar("eval/knn_top1", result["top1"], step)
                 board.flush()
@@ -813,9 +890,10 @@ def output_file(args, name):
     return folder / f"{stem}{'-random' if args.backbone.startswith('random:') else ''}.{ending}"
 
 
-def report(args, results, labels, backbone):
-    """Print the table and write eval-MODE.json: mean over repetitions and folds, and sample deviation."""
-    table = {}
+def report(args, results, backbone):
+    """Print the table and write eval-MODE.json: mean over repetitions and folds, and sample deviation; labels
+    are those that the first fold learnt from, others have one more at most."""
+    table, labels = {}, results[0]["labels"]
     for result in results:
         name = f"k {result['choice']['k']}" if args.mode == "knn" else args.mode
         table.setdefault(name, []).append(result)

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -175,11 +176,12 @@ def test_batch_norm_becomes_part_of_the_layer():
     torch.testing.assert_close(features @ weight + bias, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_held_out_labels_pick_the_rate():
+def test_held_out_labels_pick_the_rate(capsys):
     """One label a class cannot be held out; with few the cross-entropy decides among rates as good."""
     features, labels = clusters(10, dim=16, classes=10, noise=0.0)
     weight, bias, chosen = linear_probe(features, labels, 10, Args(epochs=30))
-    assert accuracy(features @ weight + bias, labels)["top1"] == 100
+    assert accuracy(features @ weight + bias, labels)["top1"] == 100 and chosen["rate"] == pytest.approx(0.3)
+    assert "too few labels to hold any out; the middle one, 0.3, is taken" in capsys.readouterr().out
     features, labels = clusters(200, noise=0.3)
     for rates in ((1e-6, 1.0), (1.0, 1e-6)):
         assert linear_probe(features, labels, 3, Args(epochs=10, rates=rates))[2] == {"rate": 1.0}
@@ -227,6 +229,22 @@ def test_linear_probe_with_one_rate_trains_on_every_label():
     torch.testing.assert_close(bias, layer.bias.detach(), atol=1e-6, rtol=1e-5)
 
 
+def test_linear_probe_on_a_gpu_that_is_not_there():
+    """Heads and batches are on the device, features stay: rows are the CPU's, and so is what comes back."""
+    import pretend_gpu
+
+    features, labels = clusters(60)
+    args = Args(epochs=2, batch_size=20, rates=(0.1, 1.0), probe_norm=True)
+    expected, devices, linear = linear_probe(features, labels, 3, args), set(), torch.nn.Linear.forward
+    with pretend_gpu.PretendGPU(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.nn.Linear, "forward", lambda self, x: devices.add(x.device.type) or linear(self, x)
+        )
+        weight, bias, chosen = linear_probe(features, labels, 3, args, device=torch.device("cuda"))
+        assert weight.device.type == "cpu" and devices == {"cuda"}
+    assert chosen == expected[2] and torch.equal(weight, expected[0]) and torch.equal(bias, expected[1])
+
+
 def test_schedule_of_maes_probe():
     """Oracle 4: peak 6.4, warm-up 10, 90 epochs."""
     rates = [eval_linear.cosine_schedule(epoch, 90, 10, 6.4) for epoch in (5, 10, 50, 90)]
@@ -256,8 +274,10 @@ def test_presets_are_the_sheet_s_and_flags_win():
     assert (mae.drop_path, mae.mixup, mae.cutmix, mae.label_smoothing) == (0.1, 0.8, 1.0, 0.1)
     assert (mae.weight_decay, mae.batch_size, mae.feature) == (0.05, 1024, "mean")
     assert mae.solver == "adamw" and not mae.rand_augment and parsed("").rates == ()
+    vit = parsed("--preset moco_v3-linear")
+    assert (vit.rates, vit.epochs, vit.batch_size, vit.solver) == ((0.1, 3.0), 90, 1024, "sgd")
     with pytest.raises(SystemExit, match="--preset mea-linear: must be one of simclr-linear, "):
-        parsed("--preset mea-linear")
+        evaluate(parsed("--preset mea-linear"))
 
 
 # The ViT
@@ -331,6 +351,34 @@ def test_vit_features_and_random_weights(vit_file):
         assert not torch.equal(net.train()(images), net.eval()(images))
 
 
+def test_random_weights_are_drawn_as_in_training(vit_file):
+    """MoCo v3's (its sheet, section 3) and I-JEPA's; the numbers of MAE's stay."""
+    import ijepa
+    import moco_v3
+
+    state = torch.load(vit_file, weights_only=True)
+    qkv = {"patch_size": 8, "xavier": "qkv", "fixed_positions": True, "heads": 4}
+    torch.save(state | {"method": "moco_v3", "arch_args": qkv}, vit_file)
+    ours, sizes = load_backbone(f"random:{vit_file}").net, {"vit_nano": (128, 6, 4)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moco_v3, "MOCO_VITS", sizes)
+        theirs = moco_v3.MoCoViT("vit_nano", 32, 8)
+        patch.setattr(ijepa, "VITS", sizes)
+        patch.setattr(ijepa, "PREDICTORS", {"vit_nano": (64, 1)})
+        encoder = ijepa.IJEPA("vit_nano", 32, 8).encoder
+    bound = ours.blocks[0].attn.qkv.weight.abs().max().item()
+    assert bound == pytest.approx((6 / 256) ** 0.5, rel=1e-3)  # q, k, v one by one
+    options = {"method": "ijepa", "arch_args": {"patch_size": 8, "fixed_positions": True}}
+    torch.save(state | options | {"state_dict": encoder.state_dict()}, vit_file)
+    for drawn, like in ((ours, theirs), (load_backbone(f"random:{vit_file}").net, encoder)):
+        like = like.state_dict()
+        assert len(like) == len(drawn.state_dict())
+        for name, tensor in drawn.state_dict().items():
+            if name != "pos_embed":  # fixed
+                std = pytest.approx(like[name].std().item(), rel=0.25 if "cls" in name else 0.05)
+                assert tensor.std().item() == std, name
+
+
 @pytest.mark.parametrize("mode", ["knn", "linear", "finetune"])
 def test_vit_in_every_kind_of_mode(vit_file, mode, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -377,6 +425,110 @@ def test_layer_decay_of_a_resnet():
     net, _ = simclr.resnet("resnet18", "imagenet")
     groups = eval_linear.layer_groups(net, torch.nn.Linear(512, 2), 0.0, 0.5)
     assert sorted({group["lr_scale"] for group in groups}) == [0.5**5, 0.5**4, 0.5**3, 0.5**2, 0.5, 1.0]
+
+
+class Rows(torch.utils.data.Dataset):
+    """(index, row) of known images, which, as Pictures without augmentation, hang on nothing else."""
+
+    def __init__(self, images):
+        self.images, self.crop, self.key = images, None, (0, 0)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return index, self.images[index]
+
+
+TUNING = {"solver": "sgd", "base_lr": 1.0, "weight_decay": 0.3, "layer_decay": 0.5, "warmup_epochs": 1.0}
+TUNING |= {"label_smoothing": 0.1, "batch_size": 8, "epochs": 4, "workers": 0, "layers": (3,)}
+
+
+def test_finetune_is_a_plain_loop(vit_file, monkeypatch):
+    """Warm-up, cosine, rates by layer, decay of matrices alone and smoothing, by hand; mostly in float64."""
+    images = torch.randint(0, 256, (24, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    labels, rates, sgd = torch.arange(24) % 2, [], torch.optim.SGD.step
+
+    def watched(self, *rest):
+        rates.append([group["lr"] for group in self.param_groups])
+        return sgd(self, *rest)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", watched)
+    torch.set_default_dtype(DOUBLE)
+    try:
+        backbone, slow = (load_backbone(str(vit_file), layers=(3,), mode="finetune") for _ in range(2))
+        head = eval_linear.finetune(backbone, Rows(images), labels, 2, Args(**TUNING), torch.device("cpu"))
+        slow.net.start_finetune(0.0)
+        torch.manual_seed(hash((0, 0)) % 2**32)
+        layer = torch.nn.Linear(128, 2)
+        torch.nn.init.trunc_normal_(layer.weight, std=2e-5)
+        torch.nn.init.zeros_(layer.bias)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    named = [*slow.net.named_parameters(), ("head.weight", layer.weight), ("head.bias", layer.bias)]
+    sampler = torch.utils.data.distributed.DistributedSampler(Rows(images), 1, 0, seed=0)
+    momentum, step = {name: torch.zeros_like(p) for name, p in named}, 0
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        for batch in torch.tensor(list(sampler)).split(8):
+            lr = 8 / 256 * (step / 3 if step < 3 else 0.5 + 0.5 * math.cos(math.pi * (step - 3) / 9))
+            log_p = torch.log_softmax(layer(slow(images[batch])), dim=1)
+            target = 0.05 + 0.9 * torch.eye(2)[labels[batch]]
+            grads = torch.autograd.grad(-(target * log_p).sum(dim=1).mean(), [p for _, p in named])
+            step += 1
+            for (name, p), grad in zip(named, grads, strict=True):
+                place = re.match(r"blocks\.(\d)|patch|cls|pos", name)  # of 4 blocks left; norm and head: 5
+                depth = 5 if not place else int(place[1]) + 1 if place[1] else 0
+                decays = p.ndim > 1 and name not in ("cls_token", "pos_embed")
+                momentum[name] = 0.9 * momentum[name] + grad + 0.3 * decays * p.detach()
+                p.data -= lr * 0.5 ** (5 - depth) * momentum[name]
+    found = [*backbone.net.parameters(), head[0].T, head[1]]
+    for (name, expected), p in zip(named, found, strict=True):
+        torch.testing.assert_close(p, expected.detach(), atol=1e-7, rtol=1e-5, msg=name)
+    ratios = torch.tensor(rates[1:], dtype=DOUBLE) / torch.tensor(rates[1:]).amax(dim=1, keepdim=True)
+    assert rates[0] == [0.0] * len(rates[0]) and torch.allclose(ratios, ratios[:1]) and len(rates) == 12
+    assert sorted({round(ratio, 5) for ratio in ratios[0].tolist()}) == [0.03125, 0.0625, 0.125, 0.25, 0.5, 1]
+
+
+def test_finetune_hangs_on_no_worker(vit_file):
+    """Mixing and drop path draw the same, whoever has read the images."""
+    labels, found = torch.arange(16) % 2, []
+    for workers in (0, 1):
+        args = Args(
+            **TUNING | {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.5, "workers": workers, "epochs": 1}
+        )
+        backbone = load_backbone(str(vit_file), mode="finetune")
+        pictures = eval_linear.Pictures(list(range(16)), 32, eval_linear.random_crop(32, 0.5))
+        found.append(eval_linear.finetune(backbone, pictures, labels, 2, args, torch.device("cpu"))[0])
+    assert torch.equal(*found)
+
+
+def test_blocks_behind_the_last_layer_are_not_tuned(vit_file):
+    """They would get no gradient, which several processes refuse; predict has the same network."""
+    net = load_backbone(str(vit_file), feature="cls", layers=(1, 0), mode="finetune").net
+    images = torch.randn(2, 3, 32, 32)
+    before = net.eval()(images)
+    net.start_finetune(0.1)
+    assert len(net.blocks) == 2 and [block.drop_path for block in net.blocks] == [0, 0.1]
+    torch.testing.assert_close(net(images), before)
+    net(images).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_batches_too_small(vit_file, monkeypatch):
+    net, device = simclr.resnet("resnet18", "imagenet")[0], torch.device("cpu")
+    backbone = eval_linear.Backbone(net, 512, 32, eval_linear.MEAN, eval_linear.STD, "simclr", "resnet18")
+    with pytest.raises(SystemExit, match="--batch-size 1: 1 of 4 images .* too few for this network"):
+        pictures = Rows(torch.zeros(4, 3, 32, 32))
+        eval_linear.finetune(backbone, pictures, torch.arange(4) % 2, 2, Args(batch_size=1), device)
+    features, labels = clusters(9)
+    for batch_size in (1, 2):  # of 9 images the fifth batch of 2 has one
+        with pytest.raises(SystemExit, match=f"--batch-size {batch_size}: with --probe-norm no batch may"):
+            linear_probe(features, labels, 3, Args(batch_size=batch_size, probe_norm=True, rates=(1.0,)))
+    monkeypatch.setattr(eval_linear, "processes", lambda: (0, 8))
+    with pytest.raises(SystemExit, match="--batch-size 256: 0 of 4 images for each process"):
+        backbone = load_backbone(str(vit_file), mode="finetune")
+        eval_linear.finetune(backbone, pictures, torch.arange(4) % 2, 2, Args(), device)
 
 
 # Counting: oracles 6 and 7, and labels
@@ -608,7 +760,6 @@ def test_watch_follows_a_run(tmp_path, backbone_file):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = backbone_file.parent
-    (run / "metrics.jsonl").write_text('{"step": 5}\n')
     words = [sys.executable, eval_linear.__file__, "--watch", str(run), "--labels", "50", "--workers", "0"]
     listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # in the background too
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -625,15 +776,151 @@ def test_watch_follows_a_run(tmp_path, backbone_file):
             time.sleep(0.5)
 
     try:
-        wait_for([5])
+        wait_for([0])  # no metrics.jsonl yet
         (run / "metrics.jsonl").write_text('{"step": 5}\n{"step": 10}\n')
         state = torch.load(backbone_file, weights_only=True)
         simclr.save_checkpoint(backbone_file, **state)
-        wait_for([5, 10])
+        wait_for([0, 10])
     finally:
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in output, output
+
+
+def test_watch_ends_as_quietly_while_it_measures(tmp_path, monkeypatch, backbone_file):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(eval_linear, "extract_features", interrupted)
+    assert evaluate(Args(watch=str(backbone_file.parent), labels=50, workers=0)) == {}
+
+
+def flat(tmp_path, n):
+    (tmp_path / "flat").mkdir()
+    for i in range(n):
+        simclr.demo_image(i)[0].save(tmp_path / f"flat/{i}.png")
+    write_csv(tmp_path / "two.csv", [(f"{i}.png", "ab"[i % 2]) for i in range(n)])
+    return {"data": str(tmp_path / "flat"), "labels_csv": str(tmp_path / "two.csv"), "workers": 0}
+
+
+def test_rows_are_by_the_k_asked_for(tmp_path, monkeypatch, capsys):
+    """Also where folds have fewer labels, each another number of them; the labels are those of a fold."""
+    monkeypatch.chdir(tmp_path)
+    result = evaluate(Args("pixels", "knn", side=8, k=(20, 200, 20), **flat(tmp_path, 12)))
+    assert len(result["results"]) == 10 and result["n"] == 12 and result["labels"] == 9
+    assert [r["choice"]["used"] for r in result["results"]] == [9, 9, 9, 9, 10, 10, 10, 10, 10, 10]
+    first = [r["top1"] for r in result["results"] if r["choice"]["k"] == 20]
+    assert result["top1"] == pytest.approx(sum(first) / 5) and len(first) == 5
+    printed = capsys.readouterr().out
+    assert "9 labels, 5 x 3 test images" in printed and printed.count("+-") == 2
+
+
+@pytest.mark.parametrize("how", [{"labels": 6}, {"label_fraction": 0.6}])
+def test_the_head_learns_from_as_many_labels_as_the_folds(tmp_path, monkeypatch, how):
+    monkeypatch.chdir(tmp_path)
+    learnt, fit = [], eval_linear.logreg
+    monkeypatch.setattr(eval_linear, "logreg", lambda x, *rest: learnt.append(len(x)) or fit(x, *rest))
+    result = evaluate(Args("pixels", "logreg", side=8, **how, **flat(tmp_path, 15)))
+    assert learnt == ([6] * 6 if "labels" in how else [7] * 5 + [9]) and result["labels"] == learnt[0]
+    written = json.loads((tmp_path / "runs/pixels/eval-logreg.json").read_text())
+    assert written["labels"] == learnt[0] and not (tmp_path / "runs/pixels/head.pt.tmp").exists()
+
+
+def test_features_that_are_not_finite(backbone_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = torch.load(backbone_file, weights_only=True)
+    state["state_dict"]["conv1.weight"][0] = math.nan
+    torch.save(state, backbone_file)
+    for mode in ("knn", "logreg", "features"):
+        data = flat(tmp_path / mode, 10) if (tmp_path / mode).mkdir() is None else {}
+        with pytest.raises(SystemExit, match="simclr resnet18: its features are not finite; give --amp off"):
+            evaluate(Args(str(backbone_file), mode, **data))
+    assert not (backbone_file.parent / "eval-knn.json").exists()
+
+
+def test_flags_without_effect(backbone_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("layers", (-4, -1)), ("feature", "mean"), ("drop_path", 0.1)):
+        flag = name.replace("_", "-")
+        for path in (str(backbone_file), "pixels"):
+            refused(f"--{flag} .*: has no effect on", backbone=path, mode="features", **{name: value})
+    refused("--layers .* on resnet18; leave it at", backbone=str(backbone_file), mode="knn", layers=(0,))
+    head = torch.nn.Linear(768, 2)
+    net = torchvision.models.get_model("vit_b_32")
+    with pytest.raises(SystemExit, match="--layer-decay 0.7: finds no layers"):
+        eval_linear.layer_groups(net, head, 0.0, 0.7)
+    assert len(eval_linear.layer_groups(net, head, 0.0, 1.0)) == 2
+
+
+class Kept(torch.utils.data.Dataset):
+    """A torchvision data set that keeps its labels and counts the images decoded."""
+
+    decoded = 0
+
+    def __init__(self, root, download, train):
+        self.classes, self.n = ["a", "b"], 12 if train else 6
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        type(self).decoded += 1
+        return simclr.demo_image(index)[0], index % 2
+
+
+@pytest.mark.parametrize("name", ["targets", "labels", "_labels", ""])
+def test_labels_of_a_torchvision_set(tmp_path, monkeypatch, name):
+    """Where it keeps them no image is decoded; features.pt says which image a row is of."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torchvision.datasets, "Kept", Kept, raising=False)
+    monkeypatch.setattr(Kept, name or "other", property(lambda self: [i % 2 for i in range(self.n)]), False)
+    monkeypatch.setattr(Kept, "decoded", 0)
+    _, labels, classes, is_test = eval_linear.read_labels("Kept")
+    assert labels.tolist() == [0, 1] * 9 and labels.dtype == torch.int64 and is_test.sum() == 6
+    assert classes == ["a", "b"] and Kept.decoded == (0 if name else 18)
+    evaluate(Args("pixels", "features", data="Kept", side=8, workers=0))
+    items = torch.load(tmp_path / "runs/pixels/features.pt", weights_only=True)["items"]
+    assert items == [str(i) for i in [*range(12), *range(6)]]
+
+
+def test_one_process_downloads(tmp_path):
+    run_processes(
+        tmp_path,
+        """
+import os, time, torchvision, torch.distributed as dist, eval_linear
+class Slow:
+    classes, targets = ["a", "b"], [0, 1]
+    def __init__(self, root, download, train):
+        if dist.get_rank():
+            assert os.path.exists("there")
+        time.sleep(0.5)
+        open("there", "w").close()
+    def __len__(self):
+        return 2
+torchvision.datasets.Slow = Slow
+dist.init_process_group("gloo")
+assert len(eval_linear.read_labels("Slow")[0]) == 4
+try:
+    eval_linear.evaluate(eval_linear.Args(watch=".", device="cpu", labels=0))
+except (SystemExit, ValueError) as error:
+    assert "--watch .: works without torchrun" in str(error) or "twice" in str(error), error
+dist.destroy_process_group()
+""",
+    )
+
+
+def test_pictures_without_augmentation(tmp_path):
+    """Above 32 pixels the middle 87.5 % of each side, resized; at most 32 the whole."""
+    from PIL import Image
+
+    image = Image.frombytes("RGB", (128, 160), torch.arange(128 * 160 * 3).byte().numpy().tobytes())
+    image = image.resize((16, 20)).resize((128, 160))  # smooth
+    image.save(tmp_path / "a.png")
+    for side, cut in ((64, 8), (32, 0)):
+        box = cut, 16 + cut, 128 - cut, 144 - cut  # of the square in the middle
+        slow = image.resize((side, side), Image.BICUBIC, box=box)
+        found = eval_linear.Pictures([str(tmp_path / "a.png")], side)[0][1]
+        assert torch.equal(found, torchvision.transforms.v2.functional.pil_to_tensor(slow))
 
 
 def refused(match, **options):
@@ -723,6 +1010,18 @@ def test_bad_input(tmp_path, backbone_file, monkeypatch):
     refused(
         "--warmup-epochs 9.0: must be 0 or more, at most 3", backbone="pixels", warmup_epochs=9.0, epochs=3
     )
+    refused("--warmup-epochs 31.0: .*at most 30", backbone="pixels", warmup_epochs=31.0, mode="finetune")
+    refused("--warmup-epochs 101.0: .*at most 100", backbone="pixels", warmup_epochs=101.0)
+    refused("--decay-epochs .*at most 7", backbone="pixels", decay_epochs=(3, 8), epochs=7)
+    refused("--preset mae: must be one of simclr-linear, ", backbone="pixels", preset="mae")
+    refused("--watch run/nowhere: no such folder", backbone="pixels", watch="run/nowhere")
+    assert not (tmp_path / "run/nowhere").exists()
+    (tmp_path / "hole.csv").write_text("path,label\n0.png,a\n\n1.png,\n")
+    refused("hole.csv: line 4 must be path,label", **good, labels_csv="hole.csv")
+    (tmp_path / "long.csv").write_text("0.png," + 2**18 * "a")
+    refused("long.csv: field larger than field limit", **good, labels_csv="long.csv")
+    write_csv("same.csv", [("0.png", "a"), ("./0.png", "a"), ("1.png", "b"), ("x/../1.png", "b")])
+    assert len(eval_linear.read_csv("flat", "same.csv")[0]) == 2
     state = torch.load(backbone_file, weights_only=True)
     weights = {f"module.{name}": tensor for name, tensor in state["state_dict"].items()}
     torch.save(state | {"state_dict": weights}, "prefix.pt")

@@ -27,7 +27,7 @@ LINES |= {
     "moco": 697,
     "moco_v3": 808,
     "dino": 837,
-    "eval_linear": 966,
+    "eval_linear": 1044,
     "ijepa": 770,
 }
 PACKAGES = {"torch", "torchvision", "einops", "tyro", "tensorboard", "tqdm"}
