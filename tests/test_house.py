@@ -38,7 +38,7 @@ PUBLIC = {  # DESIGN section 7
     "byol": "BYOL byol_loss momentum_update LARS",
     "clip": "CLIP clip_loss tokenize zero_shot_classifier",
     "dino": "VisionTransformer DINOHead dino_loss update_center dino_schedule momentum_update",
-    "dinov2": 1042"DINOv2 DINOv2ViT dino_losses ibot_loss koleo_loss sinkhorn_knopp draw_masks momentum_update",
+    "dinov2": "DINOv2 DINOv2ViT dino_losses ibot_loss koleo_loss sinkhorn_knopp draw_masks momentum_update",
     "ijepa": "IJEPA multiblock_masks apply_masks target_features ijepa_loss ijepa_schedule momentum_update",
     "mae": "MAE patchify unpatchify random_masking mae_loss",
     "moco": "MoCo info_nce enqueue momentum_update",
