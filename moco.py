@@ -12,10 +12,11 @@ A query encoder maps a view to q, a key encoder, its slow moving average, the ot
 They keep it from collapsing; their number does not depend on the batch, so one GPU is enough.
 
 Demo:   python moco.py
-Photos: python moco.py --data photos/ --image-size 128 --epochs 200 --queue-size 2048 --workers 8
+Photos: python moco.py --data photos/ --image-size 128 --epochs 200 --queue-size 2048 --batch-size 256 \
+            --workers 8
 Paper:  torchrun --nproc-per-node 8 moco.py --data imagenet/ --image-size 224 --arch resnet50 --blur 0.5 \
             --min-scale 0.2 --epochs 200 --batch-size 256 --base-lr 0.03 --queue-size 65536 \
-            --momentum 0.999 --workers 4
+            --momentum 0.999 --warmup-epochs 0 --workers 4
 
 Differs from the official code: it runs on one device or a CPU, where BatchNorm takes the batch in 8 parts, as
 the official CIFAR-10 demo; bicubic, antialiased crops; one order of colours a batch, not an image; the flip
@@ -63,7 +64,7 @@ class Args:
     stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3, stride 1, no max-pool; 10 x the work
     mlp: Literal["recipe", "on", "off"] = "recipe"  # head of two layers, not one (paper: v1 off, v2 on)
     proj_dim: int = 128  # width of z
-    queue_size: int = 4096  # K, number of negatives (paper: 65536)
+    queue_size: int = 512  # K, number of negatives (paper: 65536)
     momentum: float = 0.99  # of the moving average (paper: 0.999, constant)
     temperature: float = 0.0  # tau (paper: v1 0.07, v2 0.2; 0: that of the recipe)
     symmetric: bool = False  # the sum of the losses of both views as query (paper: off)
@@ -71,11 +72,11 @@ class Args:
     bn_splits: int = 8  # parts of the whole batch with their own BatchNorm statistics (paper: 8 GPUs)
     negatives: bool = True  # without, only attraction is left and z collapses to a few directions: watch it
     epochs: int = 12  # passes over the data (paper: 200 or 800)
-    batch_size: int = 256  # images per step, of all processes together (paper: 256)
-    base_lr: float = 0.06  # times batch / 256 is the learning rate (paper: 0.03)
+    batch_size: int = 128  # images per step, of all processes together (paper: 256)
+    base_lr: float = 0.03  # times batch / 256 is the learning rate (paper: 0.03)
     schedule: Literal["recipe", "steps", "cosine"] = "recipe"  # steps: a tenth at 60 and 80 % of the epochs
     weight_decay: float = 1e-4  # strength of weight decay (paper: 1e-4, of all parameters)
-    warmup_epochs: float = 0.0  # linear from 0 (paper: none)
+    warmup_epochs: float = 1.0  # linear from 0 (paper: none)
     init: str = ""  # backbone.pt that the encoder starts from, of convert.py or an earlier run
     seed: int = 0  # of all random numbers
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
