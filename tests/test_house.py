@@ -26,7 +26,7 @@ LINES |= {
     "byol": 668,
     "moco": 697,
     "moco_v3": 807,
-    "dino": 837,
+    "dino": 844,
     "eval_linear": 966,
     "ijepa": 768,
 }
