@@ -24,9 +24,9 @@ LINES |= {
     "simclr": 679,
     "mae": 673,
     "byol": 668,
-    "moco": 697,
+    "moco": 698,
     "moco_v3": 808,
-    "dino": 837,
+    "dino": 846,
     "eval_linear": 1044,
     "ijepa": 770,
 }
