@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,9 +62,7 @@ def test_momentum_and_learning_rate():
     assert momenta == pytest.approx([0.996, 0.99658579, 0.998, 0.99941421, 1.0], abs=1e-8)
     momenta = [cosine_schedule(step, 8, 0, 0.99, 1.0) for step in range(0, 9, 2)]
     assert momenta == pytest.approx([0.99, 0.99146447, 0.995, 0.99853553, 1.0], abs=1e-8)
-    per_epoch = 1281167 // 4096
-    total, warmup = 1281167 * 1000 // 4096, 10 * 1281167 // 4096
-    assert (total, warmup) == (312784, 3127) and per_epoch * 10 == 3120  # ours drops each epoch's rest
+    total, warmup = 312784, 3127  # of the official code; ours drops each epoch's rest
     assert cosine_schedule(0, total, warmup, 3.2) == 0 and cosine_schedule(warmup, total, warmup, 3.2) == 3.2
 
 
@@ -144,12 +143,55 @@ def test_target_is_a_copy_without_gradient():
 # Training
 
 
+PEAKS = [(0.2, 4096, 3.2), (0.3, 4096, 4.8), (0.45, 4096, 7.2), (0.4, 512, 0.8)]
+
+
+@pytest.mark.parametrize("base_lr, batch_size, peak", PEAKS)
+def test_optimiser_of_a_run(tmp_path, monkeypatch, base_lr, batch_size, peak):
+    """Oracle 6: peaks of the learning rate; it stays outside the momentum; no decay of biases and norms."""
+    built = []
+
+    class Stop(Exception):
+        pass
+
+    def spy(*arguments, **options):
+        built.append(LARS(*arguments, **options))
+        raise Stop
+
+    monkeypatch.setattr(byol, "LARS", spy)
+    monkeypatch.setattr(byol, "Images", lambda *a: SimpleNamespace(items=range(4096)))
+    flags = {"base_lr": base_lr, "batch_size": batch_size, "weight_decay": 0.02, "optimizer": "lars"}
+    with pytest.raises(Stop):
+        byol.train(tiny_args("byol", **flags, run_dir=str(tmp_path)))
+    groups = built[0].param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([peak] * 2)
+    assert [(group["weight_decay"], group["lr_inside"]) for group in groups] == [(0.02, False), (0.0, False)]
+    assert all(p.ndim > 1 for p in groups[0]["params"]) and all(p.ndim == 1 for p in groups[1]["params"])
+
+
 def test_views_order_of_the_step_and_statistics(folder, tmp_path, monkeypatch):
-    """Blur and solarization by view; target after the step; its BatchNorm statistics are its own."""
-    numbers, augment, momenta, update = [], byol.augment, [], byol.momentum_update
-    monkeypatch.setattr(byol, "augment", lambda x, n, *a: numbers.append(n) or augment(x, n, *a))
-    steps, sgd = [], torch.optim.SGD.step
+    """Views by blur and solarization, and in the loss; target after the step, its BatchNorm statistics."""
+    numbers, views, augment, momenta, update = [], [], byol.augment, [], byol.momentum_update
+    steps, sgd, named, build, loss = [], torch.optim.SGD.step, [], byol.BYOL, byol.byol_loss
     monkeypatch.setattr(torch.optim.SGD, "step", lambda *a, **k: steps.append("step") or sgd(*a, **k))
+
+    def spy_augment(images, drawn, *others):
+        numbers.append(drawn)
+        views.append(augment(images, drawn, *others))
+        return views[-1]
+
+    def view(images):
+        return next(i for i in (0, 1) if torch.equal(images, views[len(views) - 2 + i]))
+
+    def spy_model(*arguments):
+        model = build(*arguments)
+        model.register_forward_hook(lambda _, x, output: named.append((output[0], f"p{view(*x)}")))
+        model.target.register_forward_hook(lambda _, x, output: named.append((output, f"t{view(*x)}")))
+        return model
+
+    def spy_loss(*pair):
+        steps.append(" ".join(next(name for output, name in named if output is tensor) for tensor in pair))
+        return loss(*pair)
 
     def spy(online, target, m):
         steps.append("update")
@@ -160,13 +202,15 @@ def test_views_order_of_the_step_and_statistics(folder, tmp_path, monkeypatch):
         expected = m * before[name] + (1 - m) * online.state_dict()[name]
         torch.testing.assert_close(target.state_dict()[name], expected)
 
+    for name, double in {"augment": spy_augment, "BYOL": spy_model, "byol_loss": spy_loss}.items():
+        monkeypatch.setattr(byol, name, double)
     monkeypatch.setattr(byol, "momentum_update", spy)
     flags = {"data": str(folder), "blurs": (1.0, 0.0), "solarize": 1.0, "hidden_dim": 32, "momentum": 0.9}
     byol.train(tiny_args("byol", **flags, run_dir=str(tmp_path), zero_init=False))
     first, second = numbers[:2]
     assert (first[:, 5] > 0).all() and (second[:, 5] == 0).all()
     assert (first[:, 6] == 0).all() and (second[:, 6] == 1).all()
-    assert steps == ["step", "update"] * 20
+    assert steps == ["p0 t1", "p1 t0", "step", "update"] * 20
     assert momenta == pytest.approx([1 - 0.1 * (math.cos(math.pi * k / 20) + 1) / 2 for k in range(20)])
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
     online, target = (state[f"{name}.backbone.bn1.running_mean"] for name in ("online", "target"))

@@ -235,7 +235,7 @@ def test_order_of_a_step(folder, tmp_path, monkeypatch, symmetric):
     monkeypatch.setattr(moco, "info_nce", spy_loss)
     monkeypatch.setattr(moco, "enqueue", lambda *a: calls.append(f"enqueue {len(a[2])}") or put(*a))
     flags = {"data": str(folder), "bn_splits": 2, "queue_size": 96, "symmetric": symmetric, "recipe": "v1"}
-    moco.train(tiny_args("moco", **flags, run_dir=str(tmp_path), warmup_epochs=0, base_lr=0.3))
+    moco.train(tiny_args("moco", **flags, run_dir=str(tmp_path), warmup_epochs=1.0 * symmetric, base_lr=0.3))
     step = ["average", *["loss 0.07"] * (1 + symmetric), f"enqueue {16 if symmetric else 8}"]
     assert calls == step * 20
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
@@ -250,21 +250,31 @@ def test_order_of_a_step(folder, tmp_path, monkeypatch, symmetric):
         assert torch.equal(queues[1][0][:, 8:], queues[0][0][:, 8:])
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     lr = 0.3 * 8 / 256
-    assert [line["train/lr"] for line in lines] == pytest.approx([lr] * 15 + [lr / 10] * 5)  # 4 epochs
+    rates = [lr] * 15 + [lr / 10] * 5  # 4 epochs
+    if symmetric:  # with an epoch of warm-up
+        rates[:5] = [lr * k / 5 for k in range(5)]
+    assert [line["train/lr"] for line in lines] == pytest.approx(rates)
 
 
 def test_recipes(folder, tmp_path, monkeypatch):
-    seen = []
+    seen, schedules, temperatures, schedule = [], [], [], moco.moco_schedule
 
     class Stop(Exception):
         pass
 
     def spy(images, numbers, order, radius):
         seen.append((numbers, order))
+        return images[:, :, :8, :8] / 255
+
+    def spy_loss(q, k, queue, temperature, negatives):
+        temperatures.append(temperature)
         raise Stop
 
     monkeypatch.setattr(moco, "augment", spy)
-    for recipe, flags in (("v1", {}), ("v2", {}), ("v1", {"mlp": "on", "colours": "v2"})):
+    monkeypatch.setattr(moco, "info_nce", spy_loss)
+    monkeypatch.setattr(moco, "moco_schedule", lambda *a: schedules.append(a[3]) or schedule(*a))
+    others = {"mlp": "on", "colours": "v2", "schedule": "cosine", "temperature": 0.3}
+    for recipe, flags in (("v1", {}), ("v2", {}), ("v1", others)):
         built = []
         model = moco.MoCo
         monkeypatch.setattr(moco, "MoCo", lambda *a, model=model, built=built: built.append(a) or model(*a))
@@ -277,6 +287,7 @@ def test_recipes(folder, tmp_path, monkeypatch):
         second = recipe == "v2" or flags
         assert built[0][4] == bool(second) and order.index(4) == (4 if second else 0)
         assert (jittered < 1) == bool(second) and (numbers[:, 3].abs().max() <= 0.1) == bool(second)
+    assert schedules == ["steps", "cosine", "cosine"] and temperatures == [0.07, 0.2, 0.3]
 
 
 def test_two_processes_are_one(tmp_path):
