@@ -432,7 +432,9 @@ def test_an_interrupted_run_goes_on_bit_for_bit(module, folder, tmp_path, uninte
 
     flags = {"data": str(folder), "epochs": 8, "run_dir": str(tmp_path / "run"), "checkpoint_every": 5}
     monkeypatch.setattr(module, "save_checkpoint", stop)
-    with pytest.raises(SystemExit, match="interrupted .step 10.; the same command continues"):
+    with pytest.raises(
+        SystemExit, match="interrupted .step 10.; the same command, without --restart, continues"
+    ):
         module.train(tiny_args(module.__name__, **flags))
     monkeypatch.undo()
     module.train(tiny_args(module.__name__, **flags))
@@ -506,7 +508,7 @@ def test_ctrl_c_says_one_line(script, folder, tmp_path):
     finally:
         process.kill()
     assert process.returncode not in (0, -signal.SIGINT) and "Traceback" not in errors
-    assert "the same command continues" in errors.splitlines()[-1]
+    assert "the same command, without --restart, continues" in errors.splitlines()[-1]
 
 
 # Section 9: collapse
@@ -623,6 +625,7 @@ FASTER = {
     # the alarm is not armed while the prototypes are frozen; large patches take less time
     "dino": {"freeze_last_layer": 0, "patch_size": 16, "local_crops": 0},
     "dinov2": {"freeze_last_layer": 0, "patch_size": 16, "local_crops": 0},
+    "moco": {"base_lr": 0.06},
     "moco_v3": {"patch_size": 16},
     "pretext": {"base_lr": 0.06, "image_size": 24, "min_scale": 1.0, "log_every": 6, "warmup_epochs": 0.4},
     "mae": {"base_lr": 6e-3},  # to be away from predicting the mean when the alarm is armed
