@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -273,6 +274,14 @@ def test_docstring_commands_parse(script):
 def test_readme_shows_the_two_commands_first():
     text = (ROOT / "README.md").read_text()
     assert text.index("make demo") < text.index("make test") < text.index("pip install")
+
+
+def test_deprecated_calls_of_every_script_are_errors():
+    """What pyproject.toml makes of warnings, for a call at the top of a module of that name."""
+    for path in SCRIPTS:
+        for category in (DeprecationWarning, FutureWarning):
+            with pytest.raises(category):
+                warnings.warn_explicit("old", category, f"{path.stem}.py", 1, module=path.stem)
 
 
 def test_nothing_of_the_shared_data_is_committed():
