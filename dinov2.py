@@ -835,6 +835,9 @@ def train(args: Args) -> dict:
     if any(side % args.patch_size for side in sides):
         flags = f"--image-size {args.image_size} --local-size {args.local_size}"
         raise SystemExit(f"{flags}: give multiples of --patch-size {args.patch_size}")
+    if args.warmup_teacher_temp_epochs and args.warmup_teacher_temp > args.teacher_temp:
+        flags = f"--warmup-teacher-temp {args.warmup_teacher_temp} --teacher-temp {args.teacher_temp}"
+        raise SystemExit(f"{flags}: T_t would fall; lower the first, or raise the second")
     grid = (args.image_size // args.patch_size,) * 2
     n_crops, n_patches = 2 * args.batch_size * args.mask_probability, math.prod(grid) * max(args.mask_ratios)
     if args.ibot_weight and (n_crops < 1 or n_patches <= 1):  # int(N u) of a share u below 1 / N is 0
@@ -859,7 +862,10 @@ def train(args: Args) -> dict:
     run, checkpoint = open_run(args, "dinov2", rank)
     teacher.load_state_dict(student.state_dict())
     student, teacher = student.to(device), teacher.to(device)
-    centers = checkpoint.get("centers", {name: torch.zeros(1, args.out_dim) for name in ("cls", "patch")})
+    zeros = {name: torch.zeros(1, args.out_dim) for name in ("cls", "patch")}
+    centers = checkpoint.get("centers", {}) if checkpoint else zeros
+    if any(getattr(centers.get(name), "shape", None) != zeros[name].shape for name in zeros):
+        raise SystemExit(f"{run}/checkpoint.pt does not fit (centers): use another --run-dir, or --restart")
     centers = {name: center.to(device) for name, center in centers.items()}
     groups = parameter_groups(student, args.layerwise_decay, args.patch_embed_lr)
     optimizer = torch.optim.AdamW(groups, args.lr, fused=True)
@@ -1000,9 +1006,11 @@ def train(args: Args) -> dict:
                 seen = F.interpolate((~masks).view(-1, 1, *grid).float(), views[0].shape[2:])
                 pictures = zip(("views", "local-views"), (views[0] * seen, *views[1:]), strict=False)
                 for name, images in pictures:
-                    rows = images.unflatten(0, (-1, len(crops[0]))).transpose(0, 1).flatten(0, 1)[:64].cpu()
+                    per_image = len(images) // len(crops[0])  # crops, which stay side by side
+                    rows = images.unflatten(0, (per_image, -1)).transpose(0, 1)[: math.ceil(64 / per_image)]
+                    rows = rows.flatten(0, 1).cpu()
                     pixels = rows * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
-                    page = torchvision.utils.make_grid(pixels.clamp(0, 1))  # those of an image side by side
+                    page = torchvision.utils.make_grid(pixels.clamp(0, 1), per_image * max(1, 8 // per_image))
                     torchvision.utils.save_image(page, run / f"{name}.png")
                     board.add_image(name, page, step)
             if rank == 0 and (step in (1, total) or step % args.picture_every == 0):

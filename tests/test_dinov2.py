@@ -596,6 +596,29 @@ def test_a_picture_of_a_diverged_run_does_not_end_it(folder, tmp_path):
         dinov2.train(tiny_args("dinov2", data=str(folder), **flags, run_dir=str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    "centers", [{}, {"cls": torch.zeros(1, 64)}, dict.fromkeys(("cls", "patch"), torch.zeros(1))]
+)
+def test_a_checkpoint_without_its_centers(folder, tmp_path, centers):
+    args = tiny_args("dinov2", data=str(folder), epochs=1, batch_size=40, run_dir=str(tmp_path))
+    dinov2.train(args)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    torch.save(state | {"centers": centers}, tmp_path / "checkpoint.pt")
+    with pytest.raises(SystemExit, match=r"checkpoint.pt does not fit \(centers\): .* --restart"):
+        dinov2.train(args)
+
+
+def test_pictures_of_crops_hold_whole_images(folder, tmp_path, monkeypatch):
+    """Rows of whole images: four of two global crops, two of three local crops."""
+    grids, make_grid = [], dinov2.torchvision.utils.make_grid
+    monkeypatch.setattr(
+        dinov2.torchvision.utils, "make_grid", lambda x, *n: grids.append((len(x), *n)) or make_grid(x, *n)
+    )
+    flags = {"data": str(folder), "local_crops": 3, "batch_size": 32, "epochs": 1}
+    dinov2.train(tiny_args("dinov2", **flags, run_dir=str(tmp_path)))
+    assert {(64, 8), (66, 6)} <= set(grids)
+
+
 def test_centers_are_used_then_moved(folder, tmp_path, monkeypatch):
     """Oracle 10: 0 in the first step, a tenth of its mean logits in the second."""
     used, targets = [], dinov2.teacher_targets
@@ -786,6 +809,7 @@ def test_exported_backbone_is_the_teacher(folder, tmp_path):
         ({"drop_path_rate": 1.0}, "--drop-path-rate 1.0: must be 0 or more, at most 0.99"),
         ({"layerwise_decay": 1.5}, "--layerwise-decay 1.5: must be above 0, at most 1"),
         ({"koleo_weight": -0.1}, "--koleo-weight -0.1: must be 0 or more"),
+        ({"warmup_teacher_temp_epochs": 2, "epochs": 3}, "--teacher-temp 0.02: T_t would fall"),
         (
             {"mask_probability": 0.06},
             "--mask-probability 0.06 --mask-ratios (0.1, 0.5): hide no patch of 4 x 4",
