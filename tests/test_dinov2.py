@@ -584,7 +584,7 @@ def test_when_the_alarm_is_armed(folder, tmp_path, monkeypatch, sharpening, expe
     """After the warm-up of T_t, where there is one."""
     armed, alarm = [], dinov2.collapse_alarm
     monkeypatch.setattr(dinov2, "collapse_alarm", lambda *a: armed.append(a[2]) or alarm(*a))
-    flags = {"warmup_teacher_temp_epochs": 3, "sharpening": sharpening, "log_every": 20}
+    flags = {"teacher_temp": 0.07, "warmup_teacher_temp_epochs": 3, "sharpening": sharpening, "log_every": 20}
     dinov2.train(tiny_args("dinov2", data=str(folder), **flags, run_dir=str(tmp_path)))
     assert armed == [expected] * 2
 
