@@ -12,8 +12,8 @@ A constant would give L = 0. What keeps it away: the predictor on one side only,
 and its slowness. --no-predictor, --no-stop-gradient and --momentum 0 take each away.
 
 Demo:   python byol.py
-Photos: python byol.py --data photos/ --image-size 128 --epochs 200 --optimizer lars --base-lr 2 \
-            --weight-decay 1e-6 --momentum 0.99 --blurs 1 0.1 --workers 8
+Photos: python byol.py --data photos/ --image-size 128 --epochs 200 --batch-size 256 --optimizer lars \
+            --base-lr 2 --weight-decay 1e-6 --momentum 0.99 --blurs 1 0.1 --workers 8
 Paper:  torchrun --nnodes 4 --nproc-per-node 8 byol.py --data imagenet/ --image-size 224 --arch resnet50 \
             --blurs 1 0.1 --min-scale 0.08 --epochs 1000 --batch-size 4096 --optimizer lars --base-lr 0.2 \
             --weight-decay 1.5e-6 --warmup-epochs 10 --momentum 0.996 --hidden-dim 4096 --zero-init
@@ -70,14 +70,14 @@ class Args:
     zero_init: bool = False  # residual branches start at 0; slower on small images (paper: off, its code on)
     hidden_dim: int = 1024  # hidden layer of projector and predictor (paper: 4096)
     proj_dim: int = 256  # width of z
-    momentum: float = 0.97  # of the moving average (paper: 0.996, rising to 1 as here; 0 collapses: 0.3 %)
+    momentum: float = 0.98  # of the moving average (paper: 0.996, rising to 1 as here; 0 collapses: 0.3 %)
     predictor: bool = True  # without, online and target agree on a constant: watch it (paper: 0.1 to 0.2 %)
     stop_gradient: bool = True  # without, the target is the online network, which gets its gradient: watch it
     epochs: int = 12  # passes over the data (paper: 40 to 1000)
-    batch_size: int = 256  # images per step, of all processes together (paper: 4096)
+    batch_size: int = 64  # images per step, of all processes together (paper: 4096)
     optimizer: Literal["sgd", "lars"] = "sgd"  # sgd: Nesterov; momentum 0.9 in both (paper: lars)
-    base_lr: float = 0.05  # times batch / 256 is the learning rate (paper: 0.2)
-    weight_decay: float = 1e-4  # strength of weight decay (paper: 1.5e-6, not on biases and norms)
+    base_lr: float = 0.03  # times batch / 256 is the learning rate (paper: 0.2)
+    weight_decay: float = 2e-3  # strength of weight decay (paper: 1.5e-6, not on biases and norms)
     warmup_epochs: float = 1.0  # linear from 0 (paper: 10)
     init: str = ""  # backbone.pt that the encoder starts from, of convert.py or an earlier run
     seed: int = 0  # of all random numbers
