@@ -80,7 +80,7 @@ class Args:
     predictor_depth: int = 0  # its blocks; 0: by the encoder, 3 to 12 (paper: 6 for vit_base, else 12)
     stop_gradient: bool = True  # without, the target is the online network, which gets its gradient: watch it
     momentum: float = 0.996  # of the moving average (paper: 0.996, rising to 1 in a line as here)
-    epochs: int = 30  # passes over the data (paper: 300 to 600)
+    epochs: int = 28  # passes over the data (paper: 300 to 600)
     batch_size: int = 32  # images per step, of all processes together (paper: 2048)
     micro_batch_size: int = 0  # images per pass and process, 0: all; same gradient, BatchNorm apart
     lr: float = 1e-3  # learning rate (paper: 1e-3)
