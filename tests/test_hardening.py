@@ -295,7 +295,7 @@ def test_metrics_that_cannot_be_written_say_so(module, folder, monkeypatch):
         return result
 
     monkeypatch.setattr(module, "open_run", opened)
-    stopped(module, args, "No space left on device.*continues from its checkpoint")
+    stopped(module, args, "No space left on device.*without --restart, continues")
     assert (Path("run/checkpoint.pt")).read_bytes() == before
     monkeypatch.delattr(module, "open")
     monkeypatch.setattr(module, "open_run", open_run)
