@@ -620,7 +620,7 @@ SHORT = {
 
 FASTER = {
     "beit": {"image_size": 16, "min_block": 2, "lr": 2e-3},
-    "byol": {"base_lr": 0.08, "momentum": 0.9, "weight_decay": 1e-4},  # for the constant to be found in 64 steps
+    "byol": {"base_lr": 0.08, "momentum": 0.9, "weight_decay": 1e-4},  # finds the constant in 64 steps
     "clip": {"lr": 2e-3, "context_length": 40},
     # the alarm is not armed while the prototypes are frozen; large patches take less time
     "dino": {"freeze_last_layer": 0, "patch_size": 16, "local_crops": 0},
