@@ -490,8 +490,10 @@ def name_images(run, data, batch_size, start, stop, why):
     steps = [(step, key % len(data.items)) for step in range(start + 1, stop + 1) for key in next(batches)]
     items = data.items if isinstance(data.items[0], str) else range(len(data.items))
     lines = "".join(f"{step}\t{items[index]}\n" for step, index in steps)
-    with contextlib.suppress(OSError):
+    try:
         (run / "not-finite.txt").write_text(lines, errors="surrogateescape")
+    except OSError:  # a full disk must not hide the reason
+        return f"step {stop}: {why}"
     return f"step {stop}: {why}. {run}/not-finite.txt names the images since step {start}"
 
 
