@@ -230,8 +230,10 @@ simclr.train(args)
         curves[name] = lines
         assert len(lines) == 6
         for line, first in zip(lines, curves["run10"], strict=True):
-            for tag in ("train/loss", "train/lr", "simclr/contrastive_accuracy", "monitor/projection_rank"):
+            for tag in ("train/loss", "train/lr", "monitor/projection_rank"):
                 assert line[tag] == pytest.approx(first[tag], rel=2e-5), (name, tag)
+            accuracy = [run["simclr/contrastive_accuracy"] for run in (line, first)]
+            assert abs(accuracy[0] - accuracy[1]) < 1.1 / 24, name  # a rounding turns one image, no more
     assert lines[0]["train/loss"] != pytest.approx(lines[-1]["train/loss"], rel=1e-4)
 
 
