@@ -15,19 +15,18 @@ gradient reaches the target, and its slowness; --no-stop-gradient and --momentum
 little, its target moves; watch the effective rank, which falls at first and must rise again.
 
 Demo:   python ijepa.py
-Photos: python ijepa.py --data photos/ --image-size 96 --patch-size 8 --arch vit_tiny --epochs 300 \\
-            --batch-size 256 --momentum 0.996 --warmup-epochs 20 --workers 8
-Paper:  torchrun --nnodes 2 --nproc-per-node 8 ijepa.py --data imagenet/ --image-size 224 --patch-size 14 \\
-            --arch vit_huge --min-keep 10 --epochs 300 --batch-size 2048 --lr 1e-3 --start-lr 2e-4 \\
+Photos: python ijepa.py --data photos/ --image-size 96 --patch-size 8 --arch vit_tiny --epochs 300 \
+            --batch-size 256 --warmup-epochs 20 --workers 8
+Paper:  torchrun --nnodes 2 --nproc-per-node 8 ijepa.py --data imagenet/ --image-size 224 --patch-size 14 \
+            --arch vit_huge --min-keep 10 --epochs 300 --batch-size 2048 --lr 1e-3 --start-lr 2e-4 \
             --warmup-epochs 40 --momentum 0.996 --workers 10
 
 Differs from the official code: blocks can lie anywhere, as in the paper; there the last row and column are
 never used (--official-masks). Contexts are cut to one length at random, there from below, which hides the
 lower half of the image in large batches. Too small target blocks are kept; there they are drawn again, for
-ever on small grids. Masks are drawn for the batch of all processes, and contexts cut to its shortest: to 46
-of 196 patches at batch 2048, where 128 on each GPU would leave 51. Patch embeddings start with deviation
-0.02 x 16 / patch size, 0.02 at patch 16: small patches would drown in their positions. Crops also flipped,
-bicubic, resized as uint8 tensors. Encoders below vit_base, with smaller predictors; no vit_giant.
+ever on small grids. Masks are drawn for the batch of all processes, and contexts cut to its shortest. Patch
+embeddings start with deviation 0.02 x 16 / patch size: small patches would drown in their positions. Crops
+also flipped, bicubic, resized as uint8 tensors. Encoders below vit_base, smaller predictors; no vit_giant.
 """
 
 import contextlib
@@ -327,19 +326,11 @@ def collapse_metrics(features, center=False):
     return {"feature_std": std.item(), "spread": spread.item(), "effective_rank": rank.item()}
 
 
-def target_moments(target):
-    """Means over images of normalised targets (B, N, D), and of their squares: (2, N, D)."""
-    return torch.stack([target.mean(dim=0), target.square().mean(dim=0)])
-
-
-def prediction_metrics(moments, error):
-    """Of moments (2, N, D) and squared error: variance, the share of the targets that differs from image to
-    image at the same place, 0: all images alike; r2 of the prediction against knowing the place alone. All
-    must call it. Uses gather."""
+def target_variance(moments):
+    """Share of the normalised targets that differs from image to image at the same place, 0: all alike, of
+    moments (2, N, D): means over the images here of targets and squares; all must call it. Uses gather."""
     mean, square = gather(moments[None]).mean(dim=0)
-    variance = (square - mean.square()).mean()
-    r2 = 1 - gather(error[None]).mean() / variance.clamp(min=1e-6)
-    return {"target_variance": variance.item(), "r2": r2.item()}
+    return (square - mean.square()).mean()
 
 
 def page(columns):
@@ -671,15 +662,13 @@ def train(args: Args) -> dict:
             images = v2.functional.normalize(crops.to(device, non_blocking=True) / 255, MEAN, STD)
             generator = torch.Generator().manual_seed(hash((args.seed, 3, step)) % 2**32)
             masks = multiblock_masks(side, args.batch_size, generator, *blocks, args.official_masks)
-            masks = masks[0][None], masks[1]  # for all processes
-            masks = [mask.chunk(world, dim=1)[rank].to(device, non_blocking=True) for mask in masks]
+            masks = [mask.chunk(world, dim=-2)[rank].to(device, non_blocking=True) for mask in masks]
             logs = step in (0, total - 1) or (step + 1) % args.log_every == 0
             optimizer.zero_grad()
-            loss, error, moments, features = 0.0, 0.0, 0.0, []
-            chunks = list(
-                zip(images.split(micro), *(mask.split(micro, dim=1) for mask in masks), strict=True)
-            )
-            for i, (chunk, (context,), targets) in enumerate(chunks, start=1):
+            loss, moments, features = 0.0, 0.0, []
+            parts = images.split(micro), *(mask.split(micro, dim=-2) for mask in masks)
+            chunks = list(zip(*parts, strict=True))
+            for i, (chunk, context, targets) in enumerate(chunks, start=1):
                 share = len(chunk) / len(images)
                 with net.no_sync() if world > 1 and i < len(chunks) else torch.enable_grad():  # averages once
                     with torch.autocast(device.type, amp, enabled=amp is not None):
@@ -690,14 +679,12 @@ def train(args: Args) -> dict:
                         else:
                             pred, tokens = net(chunk, context, targets, whole=True)
                     target = target_features(tokens)
-                    hidden = apply_masks(target, targets)
-                    part = ijepa_loss(pred, hidden) * share
+                    part = ijepa_loss(pred, apply_masks(target, targets)) * share
                     scaler.scale(part).backward()
                 loss = loss + part.detach()
                 if logs:
-                    target, hidden, pred = target.detach(), hidden.detach(), pred.detach().float()
-                    moments = moments + share * target_moments(target)
-                    error = error + share * (pred - hidden).square().mean()
+                    target = target.detach()
+                    moments = moments + share * torch.stack([target.mean(dim=0), target.square().mean(dim=0)])
                     features.append(tokens.detach().mean(dim=1))
             scaler.unscale_(optimizer)
             step += 1
@@ -715,21 +702,20 @@ def train(args: Args) -> dict:
             momentum_update(model.encoder, target_encoder, momentum)  # after the step
             bar.update()
             if logs:
-                mean, targeted = gather(loss[None]).mean().item(), prediction_metrics(moments, error)
+                mean, variance = gather(loss[None]).mean().item(), target_variance(moments).item()
                 feature = collapse_metrics(torch.cat(features), center=True)
                 words = "targets hardly differ from image to image; keep the stop-gradient, raise --momentum"
                 now, armed_after = time.perf_counter(), max(min(500, 0.2 * total), warmup)
                 metrics = {"train/loss": mean, "train/lr": group["lr"], "train/weight_decay": decay}
-                metrics |= {"train/grad_norm": grad_norm.item(), "ijepa/momentum": momentum}
-                metrics |= {f"ijepa/{k}": v for k, v in targeted.items()}
+                metrics |= {"train/grad_norm": grad_norm.item()}
+                metrics |= {"ijepa/momentum": momentum, "ijepa/target_variance": variance}
                 metrics |= {f"monitor/{k}": v for k, v in feature.items()}
                 metrics["perf/images_per_second"] = args.batch_size * (step - logged) / (now - since)
                 metrics["perf/data_wait"] = waited / (now - since)
                 metrics["perf/skipped_steps"] = skipped  # since the last log
                 logged, skipped, since, waited = step, 0, now, 0.0
                 if rank == 0:
-                    alike = args.batch_size > 1 and targeted["target_variance"] < 0.02
-                    problems = {f"{words}, lower --lr": alike}
+                    problems = {f"{words}, lower --lr": variance < 0.02 and args.batch_size > 1}
                     metrics["monitor/alarm"] = collapse_alarm(alarm, step, armed_after, problems)
                     for tag, value in metrics.items():
                         board.add_scalar(tag, value, step)
@@ -737,7 +723,7 @@ def train(args: Args) -> dict:
                     line |= {tag: value for tag, value in metrics.items() if math.isfinite(value)}
                     with open(run / "metrics.jsonl", "a") as log:
                         log.write(json.dumps(line) + "\n")
-                    bar.set_postfix_str(f"loss {mean:.3f} variance {targeted['target_variance']:.2f}")
+                    bar.set_postfix_str(f"loss {mean:.3f} variance {variance:.2f}")
             if rank == 0 and (step in (1, total) or step % args.picture_every == 0):
                 picture = masks_picture(chunk[:8], context[:8], targets[:, :8], args.patch_size)
                 name = f"masks-{step:06d}.png" if step > 1 else "views.png"  # what the network sees

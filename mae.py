@@ -13,7 +13,7 @@ The target is fixed, so nothing can collapse; what can go wrong is to predict th
 
 Demo:   python mae.py
 Photos: python mae.py --data photos/ --image-size 128 --patch-size 8 --arch vit_small --norm-pix --epochs 400
-Paper: torchrun --nproc-per-node 8 mae.py --data imagenet/ --image-size 224 --patch-size 16 --arch vit_base \\
+Paper: torchrun --nproc-per-node 8 mae.py --data imagenet/ --image-size 224 --patch-size 16 --arch vit_base \
             --norm-pix --epochs 800 --warmup-epochs 40 --batch-size 4096 --base-lr 1.5e-4 --workers 12
 
 Differs from the official code: encoders below vit_base too, with small decoders, because the paper's decoder

@@ -15,13 +15,12 @@ so, and less if their patch projection stays as it was drawn (Sec. 4): --no-free
 Demo:   python moco_v3.py
 Photos: python moco_v3.py --data photos/ --image-size 96 --patch-size 8 --arch vit_tiny --epochs 200 \
             --batch-size 512 --base-lr 5e-4 --warmup-epochs 20 --hidden-dim 2048 --workers 8
-Paper:  torchrun --nnodes 4 --nproc-per-node 8 moco_v3.py --data imagenet/ --image-size 224 \
-            --patch-size 16 --arch vit_small --min-scale 0.08 --blurs 1 0.1 --epochs 300 \
-            --batch-size 4096 --base-lr 1.5e-4 --weight-decay 0.1 --warmup-epochs 40 --hidden-dim 4096 \
-            --workers 10
-ResNet: torchrun --nnodes 2 --nproc-per-node 8 moco_v3.py --data imagenet/ --image-size 224 \
-            --arch resnet50 --zero-init --min-scale 0.2 --blurs 1 0.1 --temperature 1 --hidden-dim 4096 \
-            --epochs 100 --batch-size 4096 --base-lr 0.6 --weight-decay 1e-6 --warmup-epochs 10 --workers 10
+Paper:  torchrun --nnodes 4 --nproc-per-node 8 moco_v3.py --data imagenet/ --image-size 224 --patch-size 16 \
+            --arch vit_small --min-scale 0.08 --blurs 1 0.1 --epochs 300 --batch-size 4096 --base-lr 1.5e-4 \
+            --weight-decay 0.1 --warmup-epochs 40 --hidden-dim 4096 --workers 10
+ResNet: torchrun --nnodes 2 --nproc-per-node 8 moco_v3.py --data imagenet/ --image-size 224 --arch resnet50 \
+            --zero-init --min-scale 0.2 --blurs 1 0.1 --temperature 1 --hidden-dim 4096 --epochs 100 \
+            --batch-size 4096 --base-lr 0.6 --weight-decay 1e-6 --warmup-epochs 10 --workers 10
 
 Differs from the official code: no ViTs with convolutional stems; antialiased bicubic crops; one order of
 colours a batch, not an image; the flip comes first; a true Gaussian blur, cut at 5 pixels; bfloat16 on GPUs
@@ -225,7 +224,7 @@ class MoCoViT(nn.Module):
     """Images (B, 3, H, W) of any size that patches divide -> [CLS] after the norm (B, D), in timm's names.
     Uses MOCO_VITS, Block, Attention, sincos_positions, resize_positions."""
 
-    def __init__(self, arch="vit_small", image_size=224, patch_size=16, freeze_patch_embed=True):
+    def __init__(self, arch="vit_small", image_size=224, patch_size=16):
         super().__init__()
         dim, depth, heads = MOCO_VITS[arch]
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
@@ -240,7 +239,7 @@ class MoCoViT(nn.Module):
                 bound = math.sqrt(6 / (rows + layer.weight[0].numel()))
                 nn.init.uniform_(layer.weight, -bound, bound)
                 nn.init.zeros_(layer.bias)
-        self.patch_embed.requires_grad_(not freeze_patch_embed)
+        self.patch_embed.requires_grad_(False)  # stays as drawn (Sec. 4)
 
     def forward(self, images):
         x = self.patch_embed(images)
@@ -271,33 +270,25 @@ def mlp_head(widths, last_norm=True):
 
 class MoCoV3(nn.Module):
     """Base and momentum encoder, each with its projector (`head` of ViTs, `fc` of ResNets), and predictor:
-    images (B, 3, H, W) -> query, or with keys key, (B, proj_dim), of any length, and feature (B, D).
+    images (B, 3, H, W) -> query, or with keys key, (B, dim), of any length, and feature (B, D).
     Uses MOCO_VITS, MoCoViT, Block, Attention, sincos_positions, resize_positions, resnet, mlp_head."""
 
     def __init__(
-        self,
-        arch="vit_small",
-        image_size=224,
-        patch_size=16,
-        stem="imagenet",
-        proj_dim=256,
-        hidden_dim=4096,
-        freeze_patch_embed=True,
-        zero_init=True,
+        self, arch, image_size=224, patch_size=16, stem="imagenet", dim=256, hidden_dim=4096, zero_init=True
     ):
         super().__init__()
         vit, self.projector = arch.startswith("vit"), "head" if arch.startswith("vit") else "fc"
         if vit:
-            encoder, dim = MoCoViT(arch, image_size, patch_size, freeze_patch_embed), MOCO_VITS[arch][0]
+            encoder, width = MoCoViT(arch, image_size, patch_size), MOCO_VITS[arch][0]
         else:
-            encoder, dim = resnet(arch, stem)
+            encoder, width = resnet(arch, stem)
         for block in encoder.modules() if zero_init else ():
             if isinstance(block, (BasicBlock, Bottleneck)):
                 nn.init.zeros_((block.bn3 if isinstance(block, Bottleneck) else block.bn2).weight)
         hidden = (hidden_dim, hidden_dim) if vit else (hidden_dim,)
-        setattr(encoder, self.projector, mlp_head((dim, *hidden, proj_dim)))
+        setattr(encoder, self.projector, mlp_head((width, *hidden, dim)))
         self.base_encoder, self.momentum_encoder = encoder, copy.deepcopy(encoder).requires_grad_(False)
-        self.predictor = mlp_head((proj_dim, hidden_dim, proj_dim), last_norm=vit)
+        self.predictor = mlp_head((dim, hidden_dim, dim), last_norm=vit)
 
     def forward(self, images, keys=False):
         encoder = self.momentum_encoder if keys else self.base_encoder
@@ -658,8 +649,7 @@ def train(args: Args) -> dict:
     check_flags(args, may_be_zero.split(), **at_most, warmup_epochs=args.epochs)
     vit = args.arch.startswith("vit")
     if vit and args.image_size % args.patch_size:
-        allowed = f"give a multiple of --patch-size {args.patch_size}"
-        raise SystemExit(f"--image-size {args.image_size}: {allowed}")
+        raise SystemExit(f"--image-size {args.image_size}: give a multiple of --patch-size {args.patch_size}")
     rank, world, device, amp = start_processes(args.device, args.amp)
     crop = random_crop(args.image_size, args.min_scale)
     data = Images(args.data, (crop, crop), args.seed, args.image_size, args.min_scale, rank)
@@ -670,8 +660,10 @@ def train(args: Args) -> dict:
     total, warmup = args.epochs * per_epoch, round(args.warmup_epochs * per_epoch)
     peak_lr = args.base_lr * args.batch_size / 256
     torch.manual_seed(args.seed)
-    options = args.proj_dim, args.hidden_dim, args.freeze_patch_embed, args.zero_init
-    model = MoCoV3(args.arch, args.image_size, args.patch_size, args.stem, *options)
+    options = args.stem, args.proj_dim, args.hidden_dim, args.zero_init
+    model = MoCoV3(args.arch, args.image_size, args.patch_size, *options)
+    if vit and not args.freeze_patch_embed:
+        model.base_encoder.patch_embed.requires_grad_(True)
     if args.init:
         load_encoder(model, "base_encoder.", args.init, rank)
         model.momentum_encoder.load_state_dict(model.base_encoder.state_dict())
@@ -690,9 +682,8 @@ def train(args: Args) -> dict:
     restore(moving, checkpoint, run)
     if args.compile:
         model.compile()
-    net = model
-    if world > 1:  # no broadcast of buffers: it would write into those that the other view's gradient needs
-        net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    # No broadcast of buffers: it would write into those that the other view's gradient needs
+    net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     keys = data.batches(args.batch_size, step, args.epochs, rank, world)
     loader = DataLoader(data, batch_sampler=keys, num_workers=args.workers, pin_memory=device.type == "cuda")
     blur_radius = min(5, args.image_size - 1) if any(args.blurs) else 0  # 2.5 times the largest sigma

@@ -26,10 +26,10 @@ LINES |= {
     "mae": 675,
     "byol": 670,
     "moco": 700,
-    "moco_v3": 810,
+    "moco_v3": 800,
     "dino": 848,
     "eval_linear": 1044,
-    "ijepa": 772,
+    "ijepa": 749,
 }
 PACKAGES = {"torch", "torchvision", "einops", "tyro", "tensorboard", "tqdm"}
 PUBLIC = {  # DESIGN section 7

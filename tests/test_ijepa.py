@@ -23,9 +23,8 @@ from ijepa import (
     ijepa_schedule,
     momentum_update,
     multiblock_masks,
-    prediction_metrics,
     target_features,
-    target_moments,
+    target_variance,
 )
 
 
@@ -506,21 +505,22 @@ def test_moving_average():
 # Monitor
 
 
-def test_target_metrics():
+def test_target_variance():
     torch.manual_seed(0)
     noise, place = torch.randn(512, 4, 32), torch.randn(1, 4, 32)
 
-    def of(target, error=0.0):
-        return prediction_metrics(target_moments(target), torch.tensor(error))
+    def moments(target):
+        return torch.stack([target.mean(dim=0), target.square().mean(dim=0)])
 
-    assert of(noise)["target_variance"] == pytest.approx(1, abs=0.01)
-    assert of(place.expand(512, -1, -1))["target_variance"] == pytest.approx(0, abs=1e-6)
+    def of(target):
+        return target_variance(moments(target)).item()
+
+    assert of(noise) == pytest.approx(1, abs=0.01)
+    assert of(place.expand(512, -1, -1)) == pytest.approx(0, abs=1e-6)
     mixed = 0.6 * noise + 0.8 * place  # by place alone .64, by image .36
-    assert of(mixed)["target_variance"] == pytest.approx(0.36, abs=0.01)
-    assert of(mixed, 0.36)["r2"] == pytest.approx(0, abs=0.03) and of(mixed)["r2"] == 1
-    whole = target_moments(mixed)
-    parts = 0.75 * target_moments(mixed[:384]) + 0.25 * target_moments(mixed[384:])
-    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+    assert of(mixed) == pytest.approx(0.36, abs=0.01)
+    parts = 0.75 * moments(mixed[:384]) + 0.25 * moments(mixed[384:])  # as in micro-batches
+    assert target_variance(parts).item() == pytest.approx(of(mixed), abs=1e-5)
 
 
 def test_picture_shows_what_the_networks_saw():

@@ -171,9 +171,6 @@ def test_parameter_counts():
     assert count(model.base_encoder.head.parameters()) == 19415040
     assert count(model.predictor.parameters()) == 2105344
     assert count(model.momentum_encoder.parameters(), True) == 0
-    free = MoCoViT("vit_nano", 32, 8, freeze_patch_embed=False)
-    frozen = [name for name, p in free.named_parameters() if not p.requires_grad]
-    assert frozen == ["pos_embed"]
     frozen = [n for n, p in MoCoViT("vit_nano", 32, 8).named_parameters() if not p.requires_grad]
     assert frozen == ["pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"]
 
@@ -241,7 +238,7 @@ def test_vit_is_timm_s_also_at_another_size():
 @pytest.mark.parametrize("arch, head, last", [("vit_nano", "head", True), ("resnet18", "fc", False)])
 def test_queries_keys_and_gradients(arch, head, last):
     torch.manual_seed(0)
-    model = MoCoV3(arch, 32, 8, proj_dim=32, hidden_dim=64, zero_init=False)
+    model = MoCoV3(arch, 32, 8, dim=32, hidden_dim=64, zero_init=False)
     for p, k in zip(model.base_encoder.parameters(), model.momentum_encoder.parameters(), strict=True):
         assert torch.equal(p, k) and not k.requires_grad
     x = rows(16, 3, 32, 32)
