@@ -147,9 +147,8 @@ class BPETokenizer:
             raise SystemExit(f"--bpe-path {path}: is not CLIP's bpe_simple_vocab_16e6.txt.gz")
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [byte for byte in range(256) if byte not in printable]
-        self.symbols = {byte: chr(byte) for byte in printable} | {
-            b: chr(256 + i) for i, b in enumerate(others)
-        }
+        points = [*printable, *range(256, 256 + len(others))]
+        self.symbols = {byte: chr(point) for byte, point in zip(printable + others, points, strict=True)}
         names = [*self.symbols.values()]
         names += [name + "</w>" for name in names] + ["".join(pair) for pair in merges]
         self.ids = {name: i for i, name in enumerate(names)}
@@ -214,15 +213,15 @@ def read_index(path):
     except (OSError, ValueError, AttributeError, csv.Error) as error:
         raise SystemExit(f"{path}: cannot be read: {str(error)[:200]}")
     known = {name.strip().lower(): name for name in names}
-    image, caption = (
-        next((known[k] for k in keys if k in known), None) for keys in (IMAGE_KEYS, CAPTION_KEYS)
-    )
+    image = next((known[key] for key in IMAGE_KEYS if key in known), None)
+    caption = next((known[key] for key in CAPTION_KEYS if key in known), None)
     if not image or not caption:
         wanted = ", ".join(CAPTION_KEYS if image else IMAGE_KEYS)
         raise SystemExit(f"{path}: needs one of {wanted}; it has {', '.join(known)[:150] or 'nothing'}")
     pairs = []
     for row in rows:
-        texts = row.get(caption) if isinstance(row.get(caption), list) else [row.get(caption)]
+        texts = row.get(caption)
+        texts = texts if isinstance(texts, list) else [texts]
         texts = [str(text) for text in texts if isinstance(text, (str, int, float)) and str(text).strip()]
         pairs.append((os.path.join(os.path.dirname(path), str(row.get(image))), texts))
     return pairs
@@ -463,9 +462,9 @@ def collapse_metrics(features, center=False):
 
 @torch.no_grad()
 def clip_metrics(image_features, text_features, ids, logit_scale):
-    """Of all processes: accuracy, share of rows whose pair is STRICTLY above all others, and gap, how far
-    cross-entropy is below chance, that of equal logits, all without other pairs with the row's caption, by
-    ids (B, N); floor: the loss that those leave. Uses clip_logits, gather."""
+    """Of all processes: contrastive_accuracy, share of rows whose pair is STRICTLY above all others, and gap,
+    how far cross-entropy is below chance, that of equal logits, all without other pairs with the row's
+    caption, by ids (B, N); floor: the loss that those leave. Uses clip_logits, gather."""
     logits, own = clip_logits(image_features, text_features, logit_scale)
     weights = torch.randint(2**62, ids.shape[1:], generator=torch.Generator().manual_seed(0))
     keys = (ids * weights.to(ids.device)).sum(dim=1)  # one number for each caption
@@ -476,8 +475,8 @@ def clip_metrics(image_features, text_features, ids, logit_scale):
     gap = chance - F.cross_entropy(rows, own[:, 0], reduction="none")
     floor = (1 + again.sum(dim=1)).log().repeat(2)
     values = torch.stack([right.float(), gap, chance, floor]).mean(dim=1)
-    names, values = ("accuracy", "gap", "chance", "floor"), gather(values[None]).mean(dim=0).tolist()
-    return dict(zip(names, values, strict=True))
+    names = "contrastive_accuracy", "gap", "chance", "floor"
+    return dict(zip(names, gather(values[None]).mean(dim=0).tolist(), strict=True))
 
 
 def collapse_alarm(state, step, armed_after, problems):
@@ -510,12 +509,10 @@ def recall(similarity):
     """Of similarity (n, n) of images and texts: share of rows, and of columns, in %, whose pair, on the
     diagonal, is among the 1, 5, 10 best; ties count as lost."""
     result, own = {}, similarity.diagonal()
-    for name, ranks in (
-        ("image_to_text", similarity >= own[:, None]),
-        ("text_to_image", (similarity >= own).T),
-    ):
+    for name, rows in (("image_to_text", similarity), ("text_to_image", similarity.T)):
+        rank = (rows >= own[:, None]).sum(dim=1)
         for k in (1, 5, 10):
-            result[f"{name}_r{k}"] = 100 * (ranks.sum(dim=1) <= k).float().mean().item()
+            result[f"{name}_r{k}"] = 100 * (rank <= k).float().mean().item()
     return result
 
 
@@ -780,16 +777,12 @@ class Pairs(Images):
             kept = [row for row in rows if row[1] and row[0] not in missing]
             self.items, self.captions = [path for path, _ in kept], [texts for _, texts in kept]
             blank = sum(not texts for _, texts in rows)
-            self.found = f"{len(kept)} pairs in {data}; left out: {blank} without caption, "
-            self.found += (
-                f"{len(rows) - len(kept) - blank} without image{f' ({[*missing][0]})' if missing else ''}"
-            )
+            lost = f"{len(rows) - len(kept) - blank} without image{f' ({[*missing][0]})' if missing else ''}"
+            self.found = f"{len(kept)} pairs in {data}; left out: {blank} without caption, {lost}"
         else:
             super().__init__(data, (view,), args.seed, *self.reading, rank)
-            of_kind = (
-                self.of_demo if data == "demo" else self.of_folder if os.path.isdir(data) else self.of_set
-            )
-            self.captions = of_kind(data, test)
+            read = self.of_demo if data == "demo" else self.of_folder if os.path.isdir(data) else self.of_set
+            self.captions = read(data, test)
         texts = {text for texts in self.captions for text in texts}
         longer = [text for text in texts if len(text.encode("utf-8", "replace")) > self.context - 2]
         if cut := sum(len(tokenizer.encode(text)) > self.context - 2 for text in longer):
@@ -889,11 +882,9 @@ def zero_shot(model, pairs, order, args, device, amp):
     features, results = torch.cat(features)[[*places.values()]], {"n": len(places)}
     if pairs.classes:
         weights = zero_shot_classifier(model, pairs.classes, pairs.templates, pairs.tokenizer)
-        labels = torch.tensor([pairs.labels[index] for index in places], device=device)[:, None]
-        right = (features @ weights).topk(min(5, len(pairs.classes))).indices == labels
-        results["zero_shot_top1"] = 100 * right[:, 0].float().mean().item()
-        if len(pairs.classes) > 5:
-            results["zero_shot_top5"] = 100 * right.any(dim=1).float().mean().item()
+        labels = torch.tensor([pairs.labels[index] for index in places], device=device)
+        right = (features @ weights).argmax(dim=1) == labels
+        results["zero_shot_top1"] = 100 * right.float().mean().item()
     captions = [pairs.captions[index][0] for index in [*places][:5000]]
     texts = list(dict.fromkeys(captions))
     similarity = features[:5000] @ embed_texts(model, texts, pairs.tokenizer).T
@@ -933,22 +924,10 @@ def load_clip(path, quick_gelu):
         model = CLIP(**sizes)
         model.load_state_dict(weights)
     except KeyError as error:
-        raise SystemExit(
-            f"--checkpoint {path}: is no checkpoint.pt of clip.py, no ViT of open_clip: no {error}"
-        )
+        raise SystemExit(f"--checkpoint {path}: not of a run, not of a ViT of open_clip: it lacks {error}")
     except Exception as error:  # of the disk, of another file, of other names and shapes
         raise SystemExit(f"--checkpoint {path}: {' '.join(str(error).split())[:300]}")
     return model.eval(), sizes["image_size"]
-
-
-def text_tokenizer(bpe_path, vocab_size=0):
-    """SystemExit if the vocabulary is not of this size."""
-    tokenizer = BPETokenizer(bpe_path) if bpe_path else ByteTokenizer()
-    if vocab_size not in (0, tokenizer.vocab_size):
-        raise SystemExit(
-            f"--checkpoint has {vocab_size} tokens: {'leave out' if bpe_path else 'give'} --bpe-path"
-        )
-    return tokenizer
 
 
 @torch.no_grad()
@@ -958,7 +937,11 @@ def classify(args):
         raise SystemExit("--classify: give --checkpoint and 2 or more --prompts")
     model, side = load_clip(args.checkpoint, args.quick_gelu)
     device, context = start_processes(args.device, "off")[2], len(model.positional_embedding)
-    tokenizer, model = text_tokenizer(args.bpe_path, model.token_embedding.num_embeddings), model.to(device)
+    tokenizer = BPETokenizer(args.bpe_path) if args.bpe_path else ByteTokenizer()
+    if (tokens := model.token_embedding.num_embeddings) != tokenizer.vocab_size:
+        remedy = "leave out" if args.bpe_path else "give"
+        raise SystemExit(f"--checkpoint has {tokens} tokens: {remedy} --bpe-path")
+    model = model.to(device)
     if any(len(tokenizer.encode(text)) > context - 2 for text in args.prompts):
         print(f"the model reads {context} tokens: longer prompts are cut")
     texts, results = embed_texts(model, args.prompts, tokenizer), {}
@@ -991,7 +974,7 @@ def train(args: Args) -> dict:
     if not args.templates or not all("{}" in text for text in args.templates):
         raise SystemExit(f"--templates {' '.join(args.templates)}: each needs {{}}, the place of the name")
     rank, world, device, amp = start_processes(args.device, args.amp)
-    tokenizer = text_tokenizer(args.bpe_path)
+    tokenizer = BPETokenizer(args.bpe_path) if args.bpe_path else ByteTokenizer()
     scale, bicubic = (args.min_scale, 1.0), v2.InterpolationMode.BICUBIC
     crop = v2.RandomResizedCrop(args.image_size, scale, interpolation=bicubic)
     view = v2.Compose([crop, v2.RandomHorizontalFlip()]) if args.flip else crop
@@ -1049,10 +1032,9 @@ def train(args: Args) -> dict:
         for pixels, ids, indices in loader:
             waited += time.perf_counter() - asked
             rising = (step + 1) / max(1, warmup)  # open_clip's warm-up: not from 0
+            lr = args.lr * rising if rising <= 1 else cosine_schedule(step, total, warmup, args.lr)
             for group in optimizer.param_groups:
-                group["lr"] = (
-                    args.lr * rising if rising <= 1 else cosine_schedule(step, total, warmup, args.lr)
-                )
+                group["lr"] = lr
             if step == 0 and rank == 0:
                 page = caption_page(pixels[:8] / 255, [data.captions[i] for i in indices[:8].tolist()])
                 v2.functional.to_pil_image(page).save(run / "views.png")
@@ -1090,19 +1072,17 @@ def train(args: Args) -> dict:
                 ours = clip_metrics(z[:, 0].detach(), z[:, 1].detach(), ids, scale)
                 ours["image_spread"] = collapse_metrics(z[:, 0])["spread"]
                 ours["text_spread"] = collapse_metrics(z[:, 1])["spread"]
-                chance = ours.pop("chance")
-                by_chance = ours["accuracy"] < 2 / math.exp(chance) and ours["gap"] < 0.01 * chance
+                accuracy, chance = ours["contrastive_accuracy"], ours.pop("chance")
+                by_chance = accuracy < 2 / math.exp(chance) and ours["gap"] < 0.01 * chance
                 problems = {
                     "all images have one feature; lower --lr": ours["image_spread"] < 0.01,
                     "all texts have one feature; lower --lr": ours["text_spread"] < 0.01,
                     "pairs are found by chance; do captions fit (views.png)? else change --lr": by_chance,
                 }
                 now, armed_after = time.perf_counter(), max(min(500, 0.2 * total), warmup)
-                metrics = {"train/loss": gather(loss.detach()[None]).mean().item(), "train/lr": group["lr"]}
+                metrics = {"train/loss": gather(loss.detach()[None]).mean().item(), "train/lr": lr}
                 metrics |= {"train/grad_norm": grad_norm.item(), "clip/logit_scale": scale.item()}
-                metrics |= {
-                    f"clip/{k.replace('accuracy', 'contrastive_accuracy')}": v for k, v in ours.items()
-                }
+                metrics |= {f"clip/{k}": v for k, v in ours.items()}
                 metrics |= {f"monitor/{k}": v for k, v in feature.items()}
                 metrics["perf/images_per_second"] = args.batch_size * (step - logged) / (now - since)
                 metrics["perf/data_wait"] = waited / (now - since)
@@ -1117,7 +1097,7 @@ def train(args: Args) -> dict:
                     with open(run / "metrics.jsonl", "a") as log:
                         log.write(json.dumps(line) + "\n")
                     words = f"loss {metrics['train/loss']:.3f} (floor {ours['floor']:.2f})"
-                    bar.set_postfix_str(f"{words} accuracy {ours['accuracy']:.3f}")
+                    bar.set_postfix_str(f"{words} accuracy {accuracy:.3f}")
             if saves and rank == 0:
                 weights, arch_args = model.visual.exported()
                 export_backbone(run, "clip", args, h.shape[1], weights, **arch_args)

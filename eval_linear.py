@@ -26,7 +26,6 @@ import re
 import sys
 import time
 import zlib
-from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -150,10 +149,12 @@ class Pictures(Dataset):
 
 
 def find_images(folder):
-    """Paths of the images below a folder, sorted."""
+    """Paths of the images below a folder, sorted; SystemExit if there are none."""
     walk = os.walk(folder, followlinks=True)
     files = sorted(os.path.join(at, name) for at, _, names in walk for name in names)
-    return [file for file in files if file.lower().endswith(IMAGE_ENDINGS)]
+    if not (images := [file for file in files if file.lower().endswith(IMAGE_ENDINGS)]):
+        raise SystemExit(f"--data {folder}: no images found")
+    return images
 
 
 def read_labels(data, labels_csv=""):
@@ -187,26 +188,26 @@ def read_labels(data, labels_csv=""):
 
 def read_csv(data, labels_csv):
     """As read_labels, of a file with path,label lines; paths are relative to the folder `data`."""
+    label_of = {}  # each file once, however written: a copy would be learnt in one fold, tested in another
     try:
         with open(labels_csv, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
-            rows = [([cell.strip() for cell in row], reader.line_num) for row in reader if row]
+            for row in filter(None, reader):
+                row = [cell.strip() for cell in row]
+                if len(row) != 2 or not all(row):
+                    raise SystemExit(f"--labels-csv {labels_csv}: line {reader.line_num} must be path,label")
+                if row != ["path", "label"]:
+                    label_of[os.path.normpath(row[0])] = row[1]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SystemExit(f"--labels-csv {labels_csv}: {error}")
-    rows = rows[1:] if rows and rows[0][0][:2] == ["path", "label"] else rows
-    for row, line in rows:
-        if len(row) != 2 or not all(row):
-            raise SystemExit(f"--labels-csv {labels_csv}: line {line} must be path,label")
-    # each file once, however it is written: a copy would be learnt in one fold and tested in another
-    rows = {os.path.normpath(path): label for (path, label), _ in rows}.items()
-    items = [os.path.join(data, path) for path, _ in rows]
+    items = [os.path.join(data, path) for path in label_of]
     missing = [path for path in items if not os.path.isfile(path)]
     if missing:
         raise SystemExit(f"--labels-csv {labels_csv}: names {len(missing)} missing files, first {missing[0]}")
-    classes = sorted({label for _, label in rows})
+    classes = sorted(set(label_of.values()))
     if len(classes) < 2:
         raise SystemExit(f"--labels-csv {labels_csv}: has {len(classes)} classes, two or more are needed")
-    return items, torch.tensor([classes.index(label) for _, label in rows]), classes, None
+    return items, torch.tensor([classes.index(label) for label in label_of.values()]), classes, None
 
 
 def read_torchvision(name):
@@ -271,14 +272,13 @@ class ViTBlock(nn.Module):
         self.attn["proj"] = nn.Linear(dim, dim)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, shapes["mlp.fc1.weight"][0])})
         self.mlp["fc2"] = nn.Linear(hidden, dim)
+        self.ls1, self.ls2 = nn.Module(), nn.Module()
         starts = {"gamma": layer_scale, "gamma_1": 0.1, "gamma_2": 0.1, "q_bias": 0.0, "v_bias": 0.0}
         starts["relative_position_bias_table"] = 0.0  # another name is none of a network written here
         for name in (name for name in shapes if name not in self.state_dict()):
-            *above, name = name.split(".")
-            start = torch.full(shapes[".".join([*above, name])], starts[name])
-            if above and above[0] not in self._modules:
-                self.add_module(above[0], nn.Module())
-            (self.get_submodule(above[0]) if above else self).register_parameter(name, nn.Parameter(start))
+            above, _, last = name.rpartition(".")
+            start = torch.full(shapes[name], starts[last])
+            self.get_submodule(above).register_parameter(last, nn.Parameter(start))
 
     def attention(self, x, grid):
         qkv, own, bias = self.attn["qkv"], self.attn._parameters, None
@@ -322,7 +322,7 @@ class ViT(nn.Module):
         super().__init__()
         dim, _, *patch = shapes["patch_embed.proj.weight"]
         conv = nn.Conv2d(3, dim, patch, patch, bias="patch_embed.proj.bias" in shapes)
-        self.patch_embed = nn.Sequential(OrderedDict(proj=conv))
+        self.patch_embed = nn.ModuleDict({"proj": conv})
         for name in (name for name in ("cls_token", "reg_token", "pos_embed") if name in shapes):
             std = {None: dim**-0.5, "qkv": 1e-6}.get(xavier, 0.02)
             self.register_parameter(name, nn.Parameter(std * torch.randn(shapes[name])))
@@ -346,9 +346,8 @@ class ViT(nn.Module):
             nn.init.xavier_uniform_(conv.weight.view(dim, -1))
         if xavier == "qkv":
             nn.init.zeros_(conv.bias)
-        for name, layer in self.named_modules() if xavier is not None else ():
-            if not isinstance(layer, nn.Linear):
-                continue
+        linears = [(name, layer) for name, layer in self.named_modules() if isinstance(layer, nn.Linear)]
+        for name, layer in linears if xavier is not None else ():
             if xavier:  # "qkv": q, k and v one by one, a bound of D + D instead of 3 D + D
                 nn.init.xavier_uniform_(layer.weight, 2**0.5 if xavier == name[-3:] else 1.0)
             else:
@@ -357,7 +356,7 @@ class ViT(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, images):
-        x, own = self.patch_embed(images), self._parameters
+        x, own = self.patch_embed["proj"](images), self._parameters
         grid, x = x.shape[2:], x.flatten(2).mT
         first = [own[name].expand(len(x), -1, -1) for name in ("cls_token", "reg_token") if name in own]
         if "pos_embed" in own:
@@ -464,9 +463,7 @@ def published(name, side):
     last, layer = [pair for pair in net.named_modules() if isinstance(pair[1], nn.Linear)][-1]
     net.set_submodule(last, nn.Identity())
     if name.startswith("vit") and side not in (0, given.crop_size[0]):
-        raise SystemExit(
-            f"--side {side}: torchvision's {name} takes {given.crop_size[0]} alone; timm's take others"
-        )
+        raise SystemExit(f"--side {side}: {name} takes {given.crop_size[0]} alone; timm's ViTs take others")
     side = side or given.crop_size[0]
     return Backbone(net, layer.in_features, side, given.mean, given.std, "torchvision", name)
 
@@ -492,7 +489,7 @@ def load_backbone(path, seed=0, side=0, feature="auto", layers=(-1,), mode="line
             fixed = options.pop("fixed_positions", False)
             options["xavier"] = None if method == "clip" else options.get("xavier", False)
             net = ViT(shapes, layers=layers, **options)
-            dim, conv = net.dim, net.patch_embed.proj
+            dim, conv = net.dim, net.patch_embed["proj"]
             if method == "ijepa":  # draws its patches too, as ijepa.py does
                 nn.init.normal_(conv.weight, std=0.02 * 16 / patch_size)
                 nn.init.zeros_(conv.bias)
@@ -631,9 +628,7 @@ def linear_probe(features, labels, classes, args, seed=0, augmented=None, device
     train, epochs = (~held).nonzero()[:, 0], args.epochs or 100
     steps = math.ceil(len(train) / args.batch_size)
     if args.probe_norm and len(train) < 2 * steps:
-        raise SystemExit(
-            f"--batch-size {args.batch_size}: with --probe-norm no batch may have one image alone"
-        )
+        raise SystemExit(f"--batch-size {args.batch_size}: with --probe-norm no batch may have one image")
     generator = torch.Generator().manual_seed(seed)
     norm = nn.Identity()
     if args.probe_norm:  # momentum None: statistics of all batches, not of the last ten
@@ -814,14 +809,14 @@ def measure(args, rank, device, amp):
             fitted = load_backbone(args.backbone, seed, *choice) if tunes else backbone
             crop = random_crop(fitted.side, args.min_scale)
             pictures = Pictures([items[i] for i in train], fitted.side, crop, args.min_scale)
-            known = None if tunes else features[train], labels[train], len(classes)
+            known = labels[train], len(classes)
             if tunes:
-                weight, bias, chosen = finetune(fitted, pictures, *known[1:], args, device, amp, seed)
+                weight, bias, chosen = finetune(fitted, pictures, *known, args, device, amp, seed)
             elif args.mode == "logreg":
-                weight, bias, chosen = logreg(*known, seed)
+                weight, bias, chosen = logreg(features[train], *known, seed)
             else:
                 augmented = partial(extract_features, fitted, pictures, *options) if args.augment else None
-                weight, bias, chosen = linear_probe(*known, args, seed, augmented, device)
+                weight, bias, chosen = linear_probe(features[train], *known, args, seed, augmented, device)
             if not torch.isfinite(weight).all():
                 raise SystemExit(f"--mode {args.mode}: weights are not finite; lower --base-lr or --rates")
             if test is not None:
@@ -846,8 +841,6 @@ def export_features(args, rank, device, amp):
     """features.pt: features (n, D) and items, the paths of the images of a folder, which needs no labels; of
     a torchvision set their indices, first all of training, then of test."""
     items = find_images(args.data) if os.path.isdir(args.data) else read_labels(args.data)[0]
-    if not items:
-        raise SystemExit(f"--data {args.data}: no images found")
     backbone = load_backbone(args.backbone, args.seed, args.side, args.feature, args.layers)
     check_effect(args, backbone)
     features = extract_features(backbone, Pictures(items, backbone.side), args.workers, device, amp)
@@ -929,8 +922,6 @@ def predict(args, rank, device, amp):
             backbone.net.start_finetune(0.0)
         backbone.net.load_state_dict(head["finetuned"])
     items = find_images(args.data)
-    if not items:
-        raise SystemExit(f"--data {args.data}: no images found")
     features = extract_features(backbone, Pictures(items, backbone.side), args.workers, device, amp)
     probability = torch.softmax(features @ weight + head["bias"], dim=1)
     if rank == 0:

@@ -1028,7 +1028,7 @@ def test_bad_input(tmp_path, backbone_file, monkeypatch):
     refused("prefix.pt: cannot be loaded", backbone="prefix.pt", mode="knn")
     (tmp_path / "empty").mkdir()
     refused("empty: no images found", backbone=str(backbone_file), data="empty", mode="features")
-    refused("empty: needs a folder for each", backbone=str(backbone_file), data="empty", mode="knn")
+    refused("empty: no images found", backbone=str(backbone_file), data="empty", mode="knn")
     torch.save({"model": {}}, "official.pt")
     refused("official.pt: cannot be loaded", backbone="official.pt")
     write_csv("two.csv", [(f"{i}.png", "ab"[i % 2]) for i in range(8)])
