@@ -659,23 +659,20 @@ def train(args: Args) -> dict:
     """Pretrain in the run folder, from its checkpoint if it has one; returns the metrics of the last step."""
     zero = "local_crops workers jitter crop_blurs solarize drop_path weight_decay final_weight_decay seed"
     zero += " warmup_epochs warmup_teacher_temp_epochs freeze_last_layer momentum"
-    at_most = dict.fromkeys("min_scale crop_blurs solarize drop_path momentum".split(), 1)
-    local = {"local_min_scale": args.min_scale} if args.local_crops else {}
-    check_flags(args, zero.split(), **at_most, **local, warmup_epochs=args.epochs)
+    most = dict.fromkeys("min_scale crop_blurs solarize drop_path momentum".split(), 1)
+    most |= {"local_min_scale": args.min_scale} if args.local_crops else {}
+    most |= {"warmup_teacher_temp": args.teacher_temp} if args.warmup_teacher_temp_epochs else {}
+    check_flags(args, zero.split(), **most, warmup_epochs=args.epochs)
     vit = args.arch.startswith("vit")
     sides = [args.image_size] * 2 + [args.local_size] * args.local_crops
     if vit and any(side % args.patch_size for side in sides):
         flags = f"--image-size {args.image_size} --local-size {args.local_size}"
         raise SystemExit(f"{flags}: give multiples of --patch-size {args.patch_size}")
-    if args.warmup_teacher_temp_epochs and args.warmup_teacher_temp > args.teacher_temp:
-        flags = f"--warmup-teacher-temp {args.warmup_teacher_temp} --teacher-temp {args.teacher_temp}"
-        raise SystemExit(f"{flags}: T_t would fall; lower the first, or raise the second")
     rank, world, device, amp = start_processes(args.device, args.amp)
     views = [random_crop(args.image_size, args.min_scale)] * 2
     small = args.local_size, args.local_min_scale, args.min_scale
     views += [random_crop(*small) for _ in range(args.local_crops)]
-    scales = args.min_scale, args.local_min_scale * (args.image_size / args.local_size) ** 2
-    smallest = min(scales[: 1 + bool(args.local_crops)])
+    smallest = min(args.min_scale, args.local_min_scale * (args.image_size / args.local_size) ** 2)
     data = Images(args.data, views, args.seed, args.image_size, smallest, rank)
     if args.batch_size > len(data.items) or args.batch_size % world:
         raise SystemExit(f"--batch-size {args.batch_size}: give a multiple of {world}, at most {data.found}")
@@ -737,18 +734,17 @@ def train(args: Args) -> dict:
             shape = args.batch_size, len(crops)  # for all processes
             numbers, order = draw_numbers(shape, args.jitter, blurs, solarize, generator)
             numbers = numbers.chunk(world)[rank].to(device, non_blocking=True)
-            views = []  # global crops (2 B, 3, S, S), local crops (L B, 3, s, s)
-            for part in (slice(0, 2), slice(2, len(crops)))[: 1 + bool(args.local_crops)]:
-                images = torch.cat([crop.to(device, non_blocking=True) for crop in crops[part]])
-                drawn = numbers[:, part].transpose(0, 1).flatten(0, 1)
-                views.append(augment(images, drawn, order, blur_radius))
+            views = [crop.to(device, non_blocking=True) for crop in crops]
+            views = [augment(view, numbers[:, i], order, blur_radius) for i, view in enumerate(views)]
+            # global crops (2 B, 3, S, S) and, if there are any, local ones (L B, 3, s, s)
+            batches = [torch.cat(part) for part in (views[:2], views[2:]) if part]
             torch.manual_seed(hash((args.seed, 4, step, rank)) % 2**32)  # of stochastic depth
             logs = step in (0, total - 1) or (step + 1) % args.log_every == 0
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 with torch.no_grad():
-                    h = teacher.backbone(views[0])
+                    h = teacher.backbone(batches[0])
                     teacher_logits = teacher.head(h).float().unflatten(0, (2, -1))
-                logits = torch.cat([net(images) for images in views]).unflatten(0, (len(crops), -1))
+                logits = torch.cat([net(images) for images in batches]).unflatten(0, (len(crops), -1))
             loss = dino_loss(logits, teacher_logits, center, *temps)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
@@ -758,8 +754,7 @@ def train(args: Args) -> dict:
                 update_center(center, teacher_logits, 0.9)  # after its use
             norms = [nn.utils.clip_grad_norm_(p, args.clip_grad) for p in trained]  # each on its own
             if epoch < args.freeze_last_layer:
-                for p in student.head.last_layer.parameters():
-                    p.grad = None  # not zero: AdamW would still decay them
+                student.head.last_layer.zero_grad()  # to None: AdamW would still decay what has zeros
             step += 1
             saves = step % args.checkpoint_every == 0 or step == total
             if logs or saves:  # only here does a step wait for the device
@@ -806,17 +801,15 @@ def train(args: Args) -> dict:
                         log.write(json.dumps(line) + "\n")
                     entropy, kl = teaching["teacher_entropy"], teaching["kl"]
                     bar.set_postfix_str(f"loss {mean:.3f} entropy {entropy:.2f} KL {kl:.2f}")
-            if rank == 0 and step == 1:
-                for name, images in zip(("views", "local-views"), views, strict=False):
-                    per_image = len(images) // len(crops[0])  # crops, which stay side by side
-                    rows = images.unflatten(0, (per_image, -1)).transpose(0, 1)[: math.ceil(64 / per_image)]
-                    rows = rows.flatten(0, 1).cpu()
-                    pixels = rows * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
-                    grid = torchvision.utils.make_grid(pixels.clamp(0, 1), per_image * max(1, 8 // per_image))
-                    torchvision.utils.save_image(grid, run / f"{name}.png")
-                    board.add_image(name, grid, step)
+            if rank == 0 and step == 1:  # a row for each image
+                rows = [F.interpolate(view[:16].cpu(), args.image_size) for view in views]
+                pixels = torch.stack(rows, dim=1).flatten(0, 1)
+                pixels = pixels * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+                grid = torchvision.utils.make_grid(pixels.clamp(0, 1), len(views))
+                torchvision.utils.save_image(grid, run / "views.png")
+                board.add_image("views", grid, step)
             if rank == 0 and vit and (step in (1, total) or step % args.picture_every == 0):
-                shown = views[0][: min(8, len(crops[0]))]  # the first global crop of each image
+                shown = views[0][:8]  # the first global crop of each image
                 page = attention_picture(shown, cls_attention(teacher.backbone, shown)).cpu()
                 torchvision.utils.save_image(page, run / f"attention-{step:06d}.png")
                 board.add_image("attention", page, step)
