@@ -247,9 +247,8 @@ class Rotation(Task):
 
     def columns(self, inputs, targets, logits):
         seen = inputs * inputs.new_tensor(STD).view(3, 1, 1) + inputs.new_tensor(MEAN).view(3, 1, 1)
-        answers = logits.argmax(dim=1).view(-1, 4)
-        pairs = zip(seen.flatten(0, 1), answers.flatten().tolist(), strict=True)
-        back = torch.stack([torch.rot90(x, -k, (1, 2)) for x, k in pairs]).view_as(seen)
+        answered = zip(seen.flatten(0, 1), logits.argmax(dim=1).tolist(), strict=True)
+        back = torch.stack([torch.rot90(x, -k, (1, 2)) for x, k in answered]).view_as(seen)
         shown = {f"{90 * k}": seen[:, k] for k in range(4)}
         return shown | {f"{90 * k}, turned\nback as answered": back[:, k] for k in range(4)}
 
@@ -291,16 +290,12 @@ class Jigsaw(Task):
         return self.head(self.tile_head(h).view(len(inputs), -1)), h
 
     def columns(self, inputs, targets, logits):
-        def mosaic(tiles):
-            tiles = F.pad(tiles, (1, 1, 1, 1), value=9.0)
-            return rearrange(tiles / 5 + 0.5, "b (r s) c h w -> b c (r h) (s w)", r=3)
-
-        def solved(labels):
+        tiles = F.pad(inputs / 5 + 0.5, (1, 1, 1, 1), value=1.0)
+        columns = {"shuffled": tiles}
+        for title, labels in (("as answered", logits.argmax(dim=1)), ("right", targets)):
             slots = self.permutations[labels].argsort(dim=1)[:, :, None, None, None]
-            return mosaic(inputs.gather(1, slots.expand_as(inputs)))
-
-        answers = solved(logits.argmax(dim=1))
-        return {"shuffled": mosaic(inputs), "as answered": answers, "right": solved(targets)}
+            columns[title] = tiles.gather(1, slots.expand_as(tiles))
+        return {title: rearrange(x, "b (r s) c h w -> b c (r h) (s w)", r=3) for title, x in columns.items()}
 
 
 class Colorization(Task):
@@ -320,15 +315,14 @@ class Colorization(Task):
 
     def prepare(self, data, workers):
         """Weights and the constant answer, from up to 2,048 images; SystemExit if 90 % of them are gray."""
-        some = range(0, len(data.items), math.ceil(len(data.items) / 2048))
-        pairs, gray, n = torch.zeros(len(self.bins) ** 2, dtype=torch.float64), 0, len(self.bins)
+        n, some = len(self.bins), range(0, len(data.items), math.ceil(len(data.items) / 2048))
+        pairs, gray = torch.zeros(n * n, dtype=torch.float64), 0
         for (images,) in DataLoader(data, 64, sampler=some, num_workers=workers):
             ab = self.batch(images, None)[1]
+            ab = ab[is_coloured(ab)]
             index, share = self.encode(ab)
-            coloured = is_coloured(ab)
-            where = (index[..., :1] * n + index)[coloured].flatten()
-            pairs += torch.bincount(where, share[coloured].flatten().double(), n * n)
-            gray += (~coloured).sum().item()
+            pairs += torch.bincount((index[..., :1] * n + index).flatten(), share.flatten().double(), n * n)
+            gray += len(images) - len(ab)
         if gray > 0.9 * len(some):
             words = f"{gray} of {len(some)} images are gray: nothing to colour; take rotation or jigsaw"
             raise SystemExit(f"--task colorization: {words}")
@@ -695,11 +689,8 @@ def train(args: Args) -> dict:
     if args.batch_size > len(data.items) or args.batch_size % world:
         raise SystemExit(f"--batch-size {args.batch_size}: give a multiple of {world}, at most {data.found}")
     micro = args.micro_batch_size or args.batch_size
-    if (
-        args.task == "colorization"
-        and args.image_size < 33
-        and (args.batch_size // world) % micro == 1 % micro
-    ):
+    alone = (args.batch_size // world) % micro == 1 % micro
+    if alone and args.task == "colorization" and args.image_size < 33:  # the last map has 1 pixel
         raise SystemExit(f"--micro-batch-size {micro}: leaves one image alone, BatchNorm needs two")
     per_epoch = len(data.items) // args.batch_size
     total, warmup = args.epochs * per_epoch, round(args.warmup_epochs * per_epoch)
@@ -781,9 +772,7 @@ def train(args: Args) -> dict:
                 feature = collapse_metrics(torch.cat(features), center=True)
                 lucky = accuracy <= chance + 3 * (chance * (1 - chance) / n) ** 0.5
                 stuck = gain < 0.01 if args.task == "colorization" else lucky
-                words = (
-                    f"accuracy {accuracy:.3f}, loss {gain:.1%} below a constant answer's: it learns nothing"
-                )
+                words = f"accuracy {accuracy:.3f}, gain {gain:.1%} over a constant answer: it learns nothing"
                 now, armed_after = time.perf_counter(), max(min(500, 0.2 * total), warmup)
                 metrics = {"train/loss": mean, "train/lr": group["lr"], "train/grad_norm": grad_norm.item()}
                 metrics |= {"pretext/accuracy": accuracy, "pretext/gain": gain, "pretext/plain_loss": plain}
@@ -797,9 +786,7 @@ def train(args: Args) -> dict:
                     metrics["monitor/alarm"] = collapse_alarm(alarm, step, armed_after, problems)
                     if accuracy > 0.97 and step <= per_epoch and not alarm.get("shortcut"):
                         alarm["shortcut"] = True
-                        tqdm.write(
-                            f"{accuracy:.0%} in the first epoch: a shortcut? See views.png, try k-NN on h"
-                        )
+                        tqdm.write(f"{accuracy:.0%} in the first epoch: a shortcut? See views.png, try k-NN")
                     for tag, value in metrics.items():
                         board.add_scalar(tag, value, step)
                     line = {"step": step, "epoch": (step - 1) // per_epoch}
