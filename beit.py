@@ -77,7 +77,7 @@ class Args:
     kl_weight: float = 0.02  # of its KL divergence, of each position's shares from equal ones
     workers: int = 2  # processes that read images, for each training process
     arch: Arch = "vit_nano"  # encoder, 128 to 1280 wide (paper: vit_base, vit_large)
-    positions: Literal["shared", "blocks", "absolute"] = "shared"  # one relative table, one a block, or none
+    positions: Literal["shared", "blocks", "absolute"] = "shared"  # a relative table, one a block, absolute
     layer_scale: float = 0.1  # start of LayerScale, 0: none (paper: 0.1, vit_large 1e-5)
     drop_path: float = 0.0  # stochastic depth of the last block, 0 in the first (paper: 0.1)
     epochs: int = 8  # passes over the data (paper: 800)
@@ -263,17 +263,15 @@ class BEiTBlock(nn.Module):
         self.attn, self.drop_path = BEiTAttention(dim, heads, grid), drop_path
         layers = OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim))
         self.mlp = nn.Sequential(layers)
-        self.gamma_1 = self.gamma_2 = None
+        self.gamma_1 = self.gamma_2 = 1.0
         if layer_scale:
             self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((dim,), layer_scale)) for _ in "12")
 
     def forward(self, x, bias=None):
-        branches = (self.attn, self.norm1, self.gamma_1, (bias,)), (self.mlp, self.norm2, self.gamma_2, ())
-        for branch, norm, gamma, more in branches:
-            y = branch(norm(x), *more)
-            y = y if gamma is None else gamma * y
-            x = x + stochastic_depth(y, self.drop_path, "row", self.training)
-        return x
+        y = self.gamma_1 * self.attn(self.norm1(x), bias)
+        x = x + stochastic_depth(y, self.drop_path, "row", self.training)
+        y = self.gamma_2 * self.mlp(self.norm2(x))
+        return x + stochastic_depth(y, self.drop_path, "row", self.training)
 
 
 VITS = {"vit_nano": (128, 6, 4), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6)}  # width, depth, heads
@@ -318,8 +316,10 @@ class BEiT(nn.Module):
                 weight.data.div_(math.sqrt(2 * i))
         self.register_load_state_dict_pre_hook(from_timm)
 
-    def encode(self, images, mask):
-        """Tokens (B, 1 + N, D) of [CLS] and patches, those where mask (B, N) is True hidden."""
+    def forward(self, images, mask, return_tokens=False):
+        """Logits (hidden patches, K) where mask (B, H, W) is True, image by image, row by row; on request
+        also tokens (B, 1 + N, D) of [CLS] and all patches."""
+        mask = mask.flatten(1)
         x = self.patch_embed(images).flatten(2).mT
         x = torch.where(mask[:, :, None], self.mask_token.to(x.dtype), x)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
@@ -327,12 +327,7 @@ class BEiT(nn.Module):
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
         for block in self.blocks:
             x = block(x, bias)
-        return self.norm(x)
-
-    def forward(self, images, mask, return_tokens=False):
-        """Logits (hidden patches, K) where mask (B, H, W) is True, image by image, row by row."""
-        mask = mask.flatten(1)
-        x = self.encode(images, mask)
+        x = self.norm(x)
         logits = self.lm_head(x[:, 1:][mask])
         return (logits, x) if return_tokens else logits
 
@@ -712,11 +707,11 @@ class BEiTStage:
         options = args.positions, args.layer_scale, args.drop_path
         tokens = tokenizer.tokens if tokenizer else args.tokens
         self.model = BEiT(args.arch, grid, args.patch_size, tokens, *options)
-        groups = {True: [], False: []}
+        decayed, plain = [], []
         for name, p in self.model.named_parameters():
-            groups[p.ndim > 1 and name not in ("cls_token", "pos_embed")].append(p)
-        decays = {True: args.weight_decay, False: 0.0}
-        self.groups = [{"params": groups[k], "weight_decay": decays[k]} for k in groups]
+            (decayed if p.ndim > 1 and name not in ("cls_token", "pos_embed") else plain).append(p)
+        self.groups = [{"params": decayed, "weight_decay": args.weight_decay}]
+        self.groups += [{"params": plain, "weight_decay": 0.0}]
         self.lr, self.final, self.flag = args.lr, args.lr / 150, "--lr"  # the official 1e-5 of 1.5e-3
         self.epochs, self.warmup_epochs, self.settled, self.clip = args.epochs, args.warmup_epochs, 0.0, 3.0
 
@@ -797,9 +792,7 @@ def load_tokenizer(path, tokens, layers, grid):
     if os.path.isdir(path):
         file = Path(path) / "tokenizer" / "checkpoint.pt"
         if not file.exists():
-            raise SystemExit(
-                f"--tokenizer {path}: holds no {file.relative_to(path)}; give a run that trained one"
-            )
+            raise SystemExit(f"--tokenizer {path}: holds no tokenizer/checkpoint.pt; give a run with one")
         state = load_checkpoint(file, "beit")["model"]
         (tokens, dim), hidden = state["codebook.weight"].shape, len(state["encoder.0.0.weight"])
         layers = max(int(name.split(".")[1]) for name in state if name.startswith("encoder.")) // 2
@@ -811,9 +804,7 @@ def load_tokenizer(path, tokens, layers, grid):
         net = torch.jit.load(path, map_location="cpu")
         codes = net(torch.zeros(1, 3, size, size))
         if codes.shape != (1, grid, grid) or codes.is_floating_point():
-            raise ValueError(
-                f"gives {tuple(codes.shape)} {codes.dtype}, must be (1, {grid}, {grid}) integers"
-            )
+            raise ValueError(f"gives {tuple(codes.shape)} {codes.dtype}, not (1, {grid}, {grid}) integers")
     except Exception as error:  # no such file, another format, another size
         reason = " ".join(str(error).split())[:200]
         raise SystemExit(f"--tokenizer {path}, images of {size} pixels (--tokenizer-layers): {reason}")
@@ -893,8 +884,8 @@ def fit(stage, args, data, run, checkpoint, rank, world, device, amp):
             if logs:
                 metrics, problems = stage.metrics(gather(sums[None]).sum(dim=0), n)
                 feature = collapse_metrics(torch.cat(features), center=True)
-                now, settled = time.perf_counter(), max(warmup, stage.settled * total)
-                armed_after = max(min(500, 0.2 * total), settled)
+                now = time.perf_counter()
+                armed_after = max(min(500, 0.2 * total), warmup, stage.settled * total)
                 metrics |= {"train/lr": group["lr"], "train/grad_norm": grad_norm.item()}
                 metrics |= {f"monitor/{k}": v for k, v in feature.items()}
                 metrics["perf/images_per_second"] = args.batch_size * (step - logged) / (now - since)

@@ -279,7 +279,7 @@ def test_backbone_gives_the_same_features(positions, tmp_path, generator):
     stage.save(tmp_path)
     images = torch.randn(3, 3, 32, 32, generator=generator)
     with torch.no_grad():
-        x = stage.model.encode(images, torch.zeros(3, 64, dtype=torch.bool))
+        x = stage.model(images, torch.zeros(3, 8, 8, dtype=torch.bool), return_tokens=True)[1]
         for feature, wanted in (("auto", x[:, 1:].mean(dim=1)), ("cls", x[:, 0])):
             net = eval_linear.load_backbone(str(tmp_path / "backbone.pt"), feature=feature).net.eval()
             torch.testing.assert_close(net(images), wanted, atol=1e-5, rtol=1e-4)
