@@ -13,11 +13,11 @@ The targets are fixed, so nothing can collapse; but if the tokenizer uses few co
 model may learn how frequent they are and no more. Both are watched.
 
 Demo:   python beit.py
-Photos: python beit.py --data photos/ --image-size 128 --patch-size 8 --tokenizer-layers 3 --arch vit_small \\
+Photos: python beit.py --data photos/ --image-size 128 --patch-size 8 --tokenizer-layers 3 --arch vit_small \
             --tokens 1024 --tokenizer-dim 128 --tokenizer-epochs 20 --min-block 20 --epochs 400 --workers 8
-Paper: torchrun --nnodes 2 --nproc-per-node 8 beit.py --data imagenet/ --image-size 224 --patch-size 16 \\
-            --tokenizer-layers 3 --tokens 8192 --code-dim 512 --tokenizer-dim 256 --mask-ratio 0.383 \\
-            --min-block 16 --min-scale 0.08 --arch vit_base --drop-path 0.1 --epochs 800 --warmup-epochs 10 \\
+Paper: torchrun --nnodes 2 --nproc-per-node 8 beit.py --data imagenet/ --image-size 224 --patch-size 16 \
+            --tokenizer-layers 3 --tokens 8192 --code-dim 512 --tokenizer-dim 256 --mask-ratio 0.383 \
+            --min-block 16 --min-scale 0.08 --arch vit_base --drop-path 0.1 --epochs 800 --warmup-epochs 10 \
             --batch-size 2048 --lr 1.5e-3 --workers 12
 
 Differs from the official code: its own tokenizer, of the official layers and sizes, with a softmax that gets
@@ -624,8 +624,6 @@ def open_run(args, method, rank):
     mark = "-" + hashlib.sha1(json.dumps(changed).encode()).hexdigest()[:8] if changed else ""
     folder = Path(args.run_dir or f"runs/{method}{mark}")
     record, path = folder / "args.json", folder / "checkpoint.pt"
-    if folder.is_file():
-        raise SystemExit(f"--run-dir {folder}: is a file, must be a folder")
     try:
         if record.exists() and not args.restart:
             ours, new = json.loads(json.dumps(flags)), {k: getattr(type(args), k, None) for k in flags}

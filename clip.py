@@ -12,11 +12,11 @@ The other pairs keep the features apart. Equal captions count as negatives of ea
 ones leave a loss of about ln(B / C): clip/floor. A class can then be named in words: zero-shot accuracy.
 
 Demo:   python clip.py
-Pairs:  python clip.py --data pairs.csv --image-size 128 --arch vit_small --batch-size 1024 \\
+Pairs:  python clip.py --data pairs.csv --image-size 128 --arch vit_small --batch-size 1024 \
             --micro-batch-size 128 --epochs 60 --workers 8
-Paper:  torchrun --nnodes 32 --nproc-per-node 8 clip.py --data pairs.tsv --image-size 224 \\
-            --arch vit_base --patch-size 32 --embed-dim 512 --text-width 512 --text-depth 12 \\
-            --context-length 77 --bpe-path bpe_simple_vocab_16e6.txt.gz --epochs 32 --batch-size 32768 \\
+Paper:  torchrun --nnodes 32 --nproc-per-node 8 clip.py --data pairs.tsv --image-size 224 \
+            --arch vit_base --patch-size 32 --embed-dim 512 --text-width 512 --text-depth 12 \
+            --context-length 77 --bpe-path bpe_simple_vocab_16e6.txt.gz --epochs 32 --batch-size 32768 \
             --lr 5e-4 --warmup-epochs 0.16 --workers 12
 Use:    python clip.py --classify photo.jpg --prompts "a fox" "a deer" "an owl" --checkpoint RUN/checkpoint.pt
 
@@ -739,8 +739,6 @@ def open_run(args, method, rank):
     mark = "-" + hashlib.sha1(json.dumps(changed).encode()).hexdigest()[:8] if changed else ""
     folder = Path(args.run_dir or f"runs/{method}{mark}")
     record, path = folder / "args.json", folder / "checkpoint.pt"
-    if folder.is_file():
-        raise SystemExit(f"--run-dir {folder}: is a file, must be a folder")
     try:
         if record.exists() and not args.restart:
             ours, new = json.loads(json.dumps(flags)), {k: getattr(type(args), k, None) for k in flags}

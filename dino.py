@@ -630,8 +630,6 @@ def open_run(args, method, rank):
     mark = "-" + hashlib.sha1(json.dumps(changed).encode()).hexdigest()[:8] if changed else ""
     folder = Path(args.run_dir or f"runs/{method}{mark}")
     record, path = folder / "args.json", folder / "checkpoint.pt"
-    if folder.is_file():
-        raise SystemExit(f"--run-dir {folder}: is a file, must be a folder")
     try:
         if record.exists() and not args.restart:
             ours, new = json.loads(json.dumps(flags)), {k: getattr(type(args), k, None) for k in flags}

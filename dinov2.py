@@ -321,12 +321,11 @@ def from_timm_names(vit, state, prefix, *_):
 
 def to_timm_names(state):
     """The other way: weights of a DINOv2ViT as backbone.pt has them."""
-    names = {"register_tokens": "reg_token", ".w12.": ".fc1.", ".w3.": ".fc2."}
     state = {k: v for k, v in state.items() if k != "mask_token"}
     if "register_tokens" in state:
         state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
         state["pos_embed"] = state["pos_embed"][:, 1:]
-    for there, here in names.items():
+    for there, here in (("register_tokens", "reg_token"), (".w12.", ".fc1."), (".w3.", ".fc2.")):
         state = {k.replace(there, here): v for k, v in state.items()}
     return state
 
@@ -394,9 +393,8 @@ class DINOHead(nn.Module):
 
 
 class DINOv2(nn.Module):
-    """Student or teacher of Args, in the official names; a head without a loss is None. Uses DINOv2ViT, VITS,
-    DINOv2Block, Attention, LayerScale, SwiGLU, add_branch, resize_positions, from_timm_names, DINOHead,
-    Prototypes."""
+    """Student or teacher of Args, in the official names; a head without a loss is None. Uses DINOv2ViT,
+    DINOHead."""
 
     def __init__(self, args):
         super().__init__()
@@ -793,8 +791,6 @@ def open_run(args, method, rank):
     mark = "-" + hashlib.sha1(json.dumps(changed).encode()).hexdigest()[:8] if changed else ""
     folder = Path(args.run_dir or f"runs/{method}{mark}")
     record, path = folder / "args.json", folder / "checkpoint.pt"
-    if folder.is_file():
-        raise SystemExit(f"--run-dir {folder}: is a file, must be a folder")
     try:
         if record.exists() and not args.restart:
             ours, new = json.loads(json.dumps(flags)), {k: getattr(type(args), k, None) for k in flags}
@@ -826,8 +822,9 @@ def train(args: Args) -> dict:
     zero += "" if args.ibot_weight else " mask_probability"
     at_most = "min_scale crop_blurs solarize mask_ratios mask_probability momentum layerwise_decay".split()
     local_crops = args.local_crops if args.dino_weight else 0  # that loss alone looks at them
-    local = {"local_min_scale": args.min_scale} if local_crops else {}
-    most = dict.fromkeys(at_most, 1) | local | {"drop_path_rate": 0.99, "warmup_epochs": args.epochs}
+    most = dict.fromkeys(at_most, 1) | {"drop_path_rate": 0.99, "warmup_epochs": args.epochs}
+    most |= {"local_min_scale": args.min_scale} if local_crops else {}
+    most |= {"warmup_teacher_temp": args.teacher_temp} if args.warmup_teacher_temp_epochs else {}
     check_flags(args, zero.split(), **most)
     weights = {"local": args.dino_weight, "global": args.dino_weight}
     weights |= {"ibot": args.ibot_weight, "koleo": args.koleo_weight}
@@ -837,9 +834,6 @@ def train(args: Args) -> dict:
     if any(side % args.patch_size for side in sides):
         flags = f"--image-size {args.image_size} --local-size {args.local_size}"
         raise SystemExit(f"{flags}: give multiples of --patch-size {args.patch_size}")
-    if args.warmup_teacher_temp_epochs and args.warmup_teacher_temp > args.teacher_temp:
-        flags = f"--warmup-teacher-temp {args.warmup_teacher_temp} --teacher-temp {args.teacher_temp}"
-        raise SystemExit(f"{flags}: T_t would fall; lower the first, or raise the second")
     grid = (args.image_size // args.patch_size,) * 2
     n_crops, n_patches = 2 * args.batch_size * args.mask_probability, math.prod(grid) * max(args.mask_ratios)
     if args.ibot_weight and (n_crops < 1 or n_patches <= 1):  # int(N u) of a share u below 1 / N is 0
@@ -849,8 +843,7 @@ def train(args: Args) -> dict:
     views = [random_crop(args.image_size, args.min_scale)] * 2
     small = args.local_size, args.local_min_scale, args.min_scale
     views += [random_crop(*small) for _ in range(local_crops)]
-    scales = args.min_scale, args.local_min_scale * (args.image_size / args.local_size) ** 2
-    smallest = min(scales[: 1 + bool(local_crops)])
+    smallest = min(args.min_scale, args.local_min_scale * (args.image_size / args.local_size) ** 2)
     data = Images(args.data, views, args.seed, args.image_size, smallest, rank)
     if args.batch_size > len(data.items) or args.batch_size % world:
         raise SystemExit(f"--batch-size {args.batch_size}: give a multiple of {world}, at most {data.found}")
@@ -864,15 +857,13 @@ def train(args: Args) -> dict:
     run, checkpoint = open_run(args, "dinov2", rank)
     teacher.load_state_dict(student.state_dict())
     student, teacher = student.to(device), teacher.to(device)
-    zeros = {name: torch.zeros(1, args.out_dim) for name in ("cls", "patch")}
-    centers = checkpoint.get("centers", {}) if checkpoint else zeros
-    if any(getattr(centers.get(name), "shape", None) != zeros[name].shape for name in zeros):
-        raise SystemExit(f"{run}/checkpoint.pt does not fit (centers): use another --run-dir, or --restart")
-    centers = {name: center.to(device) for name, center in centers.items()}
+    centers = {name: torch.zeros(1, args.out_dim) for name in ("cls", "patch")}
+    centers = nn.ParameterDict(centers).requires_grad_(False).to(device)  # moved by the loop, not by AdamW
     groups = parameter_groups(student, args.layerwise_decay, args.patch_embed_lr)
     optimizer = torch.optim.AdamW(groups, args.lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    moving = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": scaler}
+    moving = {"student": student, "teacher": teacher, "centers": centers}
+    moving |= {"optimizer": optimizer, "scaler": scaler}
     step, metrics, alarm = (checkpoint.get(*pair) for pair in (("step", 0), ("metrics", {}), ("alarm", {})))
     restore(moving, checkpoint, run)
     for part in (student.backbone, teacher.backbone) if args.compile else ():
@@ -912,11 +903,10 @@ def train(args: Args) -> dict:
             shape = args.batch_size, len(crops)  # for all processes
             numbers, order = draw_numbers(shape, args.jitter, blurs, solarize, generator)
             numbers = numbers.chunk(world)[rank].to(device, non_blocking=True)
-            views = []  # global crops (2 B, 3, S, S), local crops (L B, 3, s, s)
-            for part in (slice(0, 2), slice(2, len(crops)))[: 1 + bool(local_crops)]:
-                images = torch.cat([crop.to(device, non_blocking=True) for crop in crops[part]])
-                drawn = numbers[:, part].transpose(0, 1).flatten(0, 1)
-                views.append(augment(images, drawn, order, blur_radius))
+            views = [crop.to(device, non_blocking=True) for crop in crops]
+            views = [augment(view, numbers[:, i], order, blur_radius) for i, view in enumerate(views)]
+            # global crops (2 B, 3, S, S) and, if there are any, local ones (L B, 3, s, s)
+            batches = [torch.cat(part) for part in (views[:2], views[2:]) if part]
             seed = hash((args.seed, 5, step)) % 2**32
             masks = draw_masks(2 * args.batch_size, mine, grid, args.mask_ratios, args.mask_probability, seed)
             hidden, patch_weights = hidden_patches(masks if args.ibot_weight else masks & False)
@@ -926,8 +916,8 @@ def train(args: Args) -> dict:
             logs = step in (0, total - 1) or (step + 1) % args.log_every == 0
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 with torch.no_grad():  # the teacher sees all patches
-                    h, *taught = teacher(views[0], None, hidden)
-                features, cls_logits, patch_logits = net(views[0], masks, hidden, *views[1:])
+                    h, *taught = teacher(batches[0], None, hidden)
+                features, cls_logits, patch_logits = net(batches[0], masks, hidden, *batches[1:])
             taught, targets, losses = dict(zip(("cls", "patch"), taught, strict=True)), {}, {}
             for name in active:
                 if args.sinkhorn and args.centering:
@@ -1004,19 +994,17 @@ def train(args: Args) -> dict:
                     with open(run / "metrics.jsonl", "a") as log:
                         log.write(json.dumps(line) + "\n")
                     bar.set_postfix_str(" ".join(f"{name} {value:.3f}" for name, value in means.items()))
-            if rank == 0 and step == 1:  # the first view without the patches that the student does not see
-                seen = F.interpolate((~masks).view(-1, 1, *grid).float(), views[0].shape[2:])
-                pictures = zip(("views", "local-views"), (views[0] * seen, *views[1:]), strict=False)
-                for name, images in pictures:
-                    per_image = len(images) // len(crops[0])  # crops, which stay side by side
-                    rows = images.unflatten(0, (per_image, -1)).transpose(0, 1)[: math.ceil(64 / per_image)]
-                    rows = rows.flatten(0, 1).cpu()
-                    pixels = rows * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
-                    page = torchvision.utils.make_grid(pixels.clamp(0, 1), per_image * max(1, 8 // per_image))
-                    torchvision.utils.save_image(page, run / f"{name}.png")
-                    board.add_image(name, page, step)
+            if rank == 0 and step == 1:  # a row for each image, as the student sees it
+                seen = F.interpolate((~masks).view(-1, 1, *grid).float(), args.image_size)
+                shown = [*(batches[0] * seen).chunk(2), *views[2:]]
+                rows = [F.interpolate(view[:16].cpu(), args.image_size) for view in shown]
+                pixels = torch.stack(rows, dim=1).flatten(0, 1)
+                pixels = pixels * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+                page = torchvision.utils.make_grid(pixels.clamp(0, 1), len(views))
+                torchvision.utils.save_image(page, run / "views.png")
+                board.add_image("views", page, step)
             if rank == 0 and (step in (1, total) or step % args.picture_every == 0):
-                shown = views[0][: min(8, len(crops[0]))]  # the first global crop of each image
+                shown = views[0][:8]  # the first global crop of each image
                 with torch.no_grad():
                     page = pca_picture(shown, teacher.backbone(shown)[:, teacher.backbone.prefix :]).cpu()
                 torchvision.utils.save_image(page, run / f"pca-{step:06d}.png")
@@ -1028,7 +1016,6 @@ def train(args: Args) -> dict:
                 encoder = to_timm_names(teacher.backbone.state_dict())
                 export_backbone(run, "dinov2", args, h.shape[1], encoder, **arch_args)
                 state = {name: part.state_dict() for name, part in moving.items()}
-                state |= {"centers": {name: center.cpu() for name, center in centers.items()}}
                 state |= {"method": "dinov2", "step": step, "metrics": metrics, "alarm": alarm}
                 save_checkpoint(run / "checkpoint.pt", **state, logged=os.path.getsize(run / "metrics.jsonl"))
             asked = time.perf_counter()

@@ -15,7 +15,7 @@ Colorization fails where colour has no meaning (made things, stains), and on gra
 
 Demo:   python pretext.py
 Photos: python pretext.py --task rotation --data photos/ --image-size 128 --epochs 100 --workers 8
-Paper: torchrun --nproc-per-node 4 pretext.py --task rotation --data CIFAR10 --stem cifar --epochs 200 \\
+Paper: torchrun --nproc-per-node 4 pretext.py --task rotation --data CIFAR10 --stem cifar --epochs 200 \
             --batch-size 128 --base-lr 0.2 --weight-decay 5e-4 --warmup-epochs 0
 
 Differs from the papers: torchvision's ResNets for their NIN, AlexNet and VGG; one optimiser, SGD with a
@@ -651,8 +651,6 @@ def open_run(args, method, rank):
     mark = "-" + hashlib.sha1(json.dumps(changed).encode()).hexdigest()[:8] if changed else ""
     folder = Path(args.run_dir or f"runs/{method}{mark}")
     record, path = folder / "args.json", folder / "checkpoint.pt"
-    if folder.is_file():
-        raise SystemExit(f"--run-dir {folder}: is a file, must be a folder")
     try:
         if record.exists() and not args.restart:
             ours, new = json.loads(json.dumps(flags)), {k: getattr(type(args), k, None) for k in flags}

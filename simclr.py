@@ -12,8 +12,8 @@ The negatives, all other images of all processes, with gradient, are what keeps 
 
 Demo:   python simclr.py
 Photos: python simclr.py --data photos/ --image-size 128 --epochs 200 --batch-size 512 --workers 8
-Paper:  torchrun --nproc-per-node 8 simclr.py --data imagenet/ --image-size 224 --arch resnet50 \\
-            --epochs 100 --batch-size 4096 --optimizer lars --base-lr 0.3 --weight-decay 1e-6 \\
+Paper:  torchrun --nproc-per-node 8 simclr.py --data imagenet/ --image-size 224 --arch resnet50 \
+            --epochs 100 --batch-size 4096 --optimizer lars --base-lr 0.3 --weight-decay 1e-6 \
             --warmup-epochs 10 --min-scale 0.08 --blur 0.5 --workers 12
 
 Differs from the official TensorFlow code: torchvision's ResNets, PyTorch's initialisation (branches starting
@@ -503,8 +503,6 @@ def open_run(args, method, rank):
     mark = "-" + hashlib.sha1(json.dumps(changed).encode()).hexdigest()[:8] if changed else ""
     folder = Path(args.run_dir or f"runs/{method}{mark}")
     record, path = folder / "args.json", folder / "checkpoint.pt"
-    if folder.is_file():
-        raise SystemExit(f"--run-dir {folder}: is a file, must be a folder")
     try:
         if record.exists() and not args.restart:
             ours, new = json.loads(json.dumps(flags)), {k: getattr(type(args), k, None) for k in flags}

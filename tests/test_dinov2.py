@@ -597,26 +597,27 @@ def test_a_picture_of_a_diverged_run_does_not_end_it(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "centers", [{}, {"cls": torch.zeros(1, 64)}, dict.fromkeys(("cls", "patch"), torch.zeros(1))]
+    "centers", [None, {"cls": torch.zeros(1, 64)}, dict.fromkeys(("cls", "patch"), torch.zeros(1))]
 )
 def test_a_checkpoint_without_its_centers(folder, tmp_path, centers):
     args = tiny_args("dinov2", data=str(folder), epochs=1, batch_size=40, run_dir=str(tmp_path))
     dinov2.train(args)
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    torch.save(state | {"centers": centers}, tmp_path / "checkpoint.pt")
-    with pytest.raises(SystemExit, match=r"checkpoint.pt does not fit \(centers\): .* --restart"):
+    del state["centers"]
+    torch.save(state | ({"centers": centers} if centers else {}), tmp_path / "checkpoint.pt")
+    with pytest.raises(SystemExit, match=r"checkpoint.pt does not fit \(.*\): .* --restart"):
         dinov2.train(args)
 
 
 def test_pictures_of_crops_hold_whole_images(folder, tmp_path, monkeypatch):
-    """Rows of whole images: four of two global crops, two of three local crops."""
+    """A row has the crops of one image, two global and three local ones."""
     grids, make_grid = [], dinov2.torchvision.utils.make_grid
     monkeypatch.setattr(
         dinov2.torchvision.utils, "make_grid", lambda x, *n: grids.append((len(x), *n)) or make_grid(x, *n)
     )
     flags = {"data": str(folder), "local_crops": 3, "batch_size": 32, "epochs": 1}
     dinov2.train(tiny_args("dinov2", **flags, run_dir=str(tmp_path)))
-    assert {(64, 8), (66, 6)} <= set(grids)
+    assert grids[0] == (16 * 5, 5)
 
 
 def test_centers_are_used_then_moved(folder, tmp_path, monkeypatch):
@@ -698,10 +699,11 @@ def test_what_the_networks_and_losses_get(folder, tmp_path, monkeypatch):
     masks, places, local = given[1:]
     assert masks.shape == (16, 16) and (masks.sum(dim=1) > 0).sum() <= 8 and masks.sum() == len(places) > 0
     assert given[0].shape == (16, 3, 32, 32) and local.shape == (24, 3, 16, 16)
-    first, second = numbers[0][0].chunk(2)
+    first, second, *others = (drawn for drawn, _ in numbers[:5])
+    others = torch.cat(others)
     assert numbers[0][1][1] == 4  # the official kernel of 9 pixels
-    assert (first[:, 5] == 0).all() and (second[:, 5] > 0).all() and 0 < (numbers[1][0][:, 5] > 0).sum() < 24
-    assert (first[:, 6] == 0).all() and (second[:, 6] == 1).all() and (numbers[1][0][:, 6] == 0).all()
+    assert (first[:, 5] == 0).all() and (second[:, 5] > 0).all() and 0 < (others[:, 5] > 0).sum() < 24
+    assert (first[:, 6] == 0).all() and (second[:, 6] == 1).all() and (others[:, 6] == 0).all()
     for line in lines_of(tmp_path):
         part = {name: line[f"dinov2/{name}_loss"] for name in ("local", "global", "ibot", "koleo")}
         total = part["local"] + part["global"] + 0.7 * part["ibot"] + 0.3 * part["koleo"]
@@ -709,7 +711,7 @@ def test_what_the_networks_and_losses_get(folder, tmp_path, monkeypatch):
         entropy, kl = line["dinov2/teacher_entropy"], line["dinov2/kl"]
         assert entropy + kl == pytest.approx(part["local"] + part["global"], rel=1e-4)
     names = {path.name for path in tmp_path.glob("*.png")}
-    assert names == {"views.png", "local-views.png", "pca-000001.png", "pca-000005.png"}
+    assert names == {"views.png", "pca-000001.png", "pca-000005.png"}
 
 
 @pytest.mark.parametrize(
@@ -754,7 +756,6 @@ def test_local_crops_are_for_the_loss_of_crops(folder, tmp_path, monkeypatch, we
     )
     assert sides.count(32) == 1 and len(sides) == (3 if weight else 1)
     assert [len(arguments) for arguments in given] == [3, 4 if weight else 3]
-    assert (tmp_path / "local-views.png").exists() == bool(weight)
 
 
 @pytest.mark.parametrize("flags", [{}, {"sinkhorn": True}])
@@ -809,7 +810,7 @@ def test_exported_backbone_is_the_teacher(folder, tmp_path):
         ({"drop_path_rate": 1.0}, "--drop-path-rate 1.0: must be 0 or more, at most 0.99"),
         ({"layerwise_decay": 1.5}, "--layerwise-decay 1.5: must be above 0, at most 1"),
         ({"koleo_weight": -0.1}, "--koleo-weight -0.1: must be 0 or more"),
-        ({"warmup_teacher_temp_epochs": 2, "epochs": 3}, "--teacher-temp 0.02: T_t would fall"),
+        ({"warmup_teacher_temp_epochs": 2}, "--warmup-teacher-temp 0.04: must be above 0, at most 0.02"),
         (
             {"mask_probability": 0.06},
             "--mask-probability 0.06 --mask-ratios (0.1, 0.5): hide no patch of 4 x 4",
