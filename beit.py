@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.5", "torchvision>=0.20", "einops", "tyro", "tensorboard", "tqdm"]
 # ///
-"""BEiT: learn features by naming the visual tokens of the patches that were hidden.
+r"""BEiT: learn features by naming the visual tokens of the patches that were hidden.
 
 Paper: Bao et al. 2021, arXiv 2106.08254; where paper and official PyTorch code differ, the code.
 First a tokenizer learns to write each patch of an image as one of K codes and to paint the image from them:
@@ -963,4 +963,4 @@ def train(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__))
+    train(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))  # or tyro joins lines

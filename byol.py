@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.5", "torchvision>=0.20", "tyro", "tensorboard", "tqdm"]
 # ///
-"""BYOL: learn features by predicting what a moving average of oneself sees in another view; no negatives.
+r"""BYOL: learn features by predicting what a moving average of oneself sees in another view; no negatives.
 
 Paper: Grill et al. 2020, arXiv 2006.07733; where paper and official JAX code differ, the code.
 The online network f, g turns view v into a projection, and a predictor q into a guess p = q(g(f(v))) of the
@@ -663,4 +663,4 @@ def train(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__))
+    train(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))  # or tyro joins lines

@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.5", "torchvision>=0.20", "einops", "tyro", "tensorboard", "tqdm"]
 # ///
-"""CLIP: learn features of images and of text by finding, in a batch, which caption belongs to which image.
+r"""CLIP: learn features of images and of text by finding, in a batch, which caption belongs to which image.
 
 Paper: Radford et al. 2021, arXiv 2103.00020; what it leaves open is as in OpenAI's model.py and in open_clip.
 B images and their captions go through two encoders to features I, T of length 1. With a learnt scale s each
@@ -1128,4 +1128,4 @@ def train(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__))
+    train(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))  # or tyro joins lines

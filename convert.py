@@ -450,4 +450,4 @@ def cifar_lines(options):
 
 
 if __name__ == "__main__":
-    convert(tyro.cli(Args, description=__doc__))
+    convert(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))  # or tyro joins lines

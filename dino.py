@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.5", "torchvision>=0.20", "einops", "tyro", "tensorboard", "tqdm"]
 # ///
-"""DINO: learn features by saying of any crop of an image what an average of oneself says of other crops.
+r"""DINO: learn features by saying of any crop of an image what an average of oneself says of other crops.
 
 Paper: Caron et al. 2021, arXiv 2104.14294; where paper and official PyTorch code differ, the code.
 A student and a teacher, its moving average, turn crops into logits over K prototypes: s_v of the student for
@@ -834,4 +834,4 @@ def train(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__))
+    train(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))  # or tyro joins lines

@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.5", "torchvision>=0.20", "einops", "tyro", "tensorboard", "tqdm"]
 # ///
-"""DINOv2: learn features by saying what an average of oneself says, of other crops and of hidden patches.
+r"""DINOv2: learn features by saying what an average of oneself says, of other crops and of hidden patches.
 
 Paper: Oquab et al. 2023, arXiv 2304.07193; registers: 2309.16588; where paper and official code differ, the
 code. A student and a teacher, its moving average, turn tokens into logits s, t over K prototypes. The teacher
@@ -1035,4 +1035,4 @@ def train(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__))
+    train(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))  # or tyro joins lines

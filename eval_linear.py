@@ -1030,4 +1030,4 @@ def cosine_schedule(step, total, warmup, base, final=0.0):
 
 
 if __name__ == "__main__":
-    evaluate(tyro.cli(Args, description=__doc__, args=expand_preset(sys.argv[1:])))
+    evaluate(tyro.cli(Args, description=__doc__.replace("\n", "\n "), args=expand_preset(sys.argv[1:])))

@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.5", "torchvision>=0.20", "einops", "tyro", "tensorboard", "tqdm"]
 # ///
-"""I-JEPA: learn features by predicting those of hidden blocks of an image from the rest of it.
+r"""I-JEPA: learn features by predicting those of hidden blocks of an image from the rest of it.
 
 Paper: Assran et al. 2023, arXiv 2301.08243; where paper and official PyTorch code differ, the code.
 Four target blocks are cut out of a large context block. The context encoder f sees what is left of it. The
@@ -751,4 +751,4 @@ def train(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__))
+    train(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))  # or tyro joins lines

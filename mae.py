@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.5", "torchvision>=0.20", "einops", "tyro", "tensorboard", "tqdm"]
 # ///
-"""MAE: learn features by painting in the three quarters of an image that were hidden.
+r"""MAE: learn features by painting in the three quarters of an image that were hidden.
 
 Paper: He et al. 2021, arXiv 2111.06377; where paper and official PyTorch code differ, the code.
 The encoder sees only the visible quarter of the N patches of an image, so it is cheap. A small decoder gets
@@ -668,4 +668,4 @@ def train(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__))
+    train(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))  # or tyro joins lines

@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.5", "torchvision>=0.20", "tyro", "tensorboard", "tqdm"]
 # ///
-"""MoCo v1 and v2: find the key of the same image among a queue of keys of earlier images.
+r"""MoCo v1 and v2: find the key of the same image among a queue of keys of earlier images.
 
 Papers: He et al. 2019, arXiv 1911.05722 (v1); Chen et al. 2020, arXiv 2003.04297 (v2: a two-layer head, other
 colours, blur, a cosine schedule, tau 0.2); where papers and official PyTorch code differ, the code.
@@ -693,4 +693,4 @@ def train(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__))
+    train(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))  # or tyro joins lines

@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.5", "torchvision>=0.20", "einops", "tyro", "tensorboard", "tqdm"]
 # ///
-"""MoCo v3: find the other view of the same image in the batch; what it takes to train ViTs so.
+r"""MoCo v3: find the other view of the same image in the batch; what it takes to train ViTs so.
 
 Paper: Chen, Xie, He 2021, arXiv 2104.02057; where paper and official PyTorch code differ, the code.
 A base network with a predictor turns view x into a query q, the momentum network, its moving average, turns
@@ -794,4 +794,4 @@ def train(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__))
+    train(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))  # or tyro joins lines

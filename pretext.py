@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.5", "torchvision>=0.20", "einops", "tyro", "tensorboard", "tqdm"]
 # ///
-"""Pretext tasks: learn features from a question whose answer the image itself gives, --task one of
+r"""Pretext tasks: learn features from a question whose answer the image itself gives, --task one of
 rotation      which of the four turns is this?   Gidaris et al. 2018, arXiv 1803.07728
 jigsaw        how were the nine tiles shuffled?  Noroozi and Favaro 2016, arXiv 1603.09246
 colorization  what colour has each gray pixel?   Zhang et al. 2016, arXiv 1603.08511
@@ -819,4 +819,4 @@ def train(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__))
+    train(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))  # or tyro joins lines

@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.5", "torchvision>=0.20", "tyro", "tensorboard", "tqdm"]
 # ///
-"""SimCLR: learn features by finding the other view of the same image among all images of the batch.
+r"""SimCLR: learn features by finding the other view of the same image among all images of the batch.
 
 Paper: Chen et al. 2020, arXiv 2002.05709; a third projector layer is that of v2, arXiv 2006.10029.
 Two random views of B images go through an encoder f, h = f(x), kept, and a projector g, z = g(h), dropped.
@@ -674,4 +674,4 @@ def train(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__))
+    train(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))  # or tyro joins lines

@@ -727,7 +727,9 @@ def test_bad_data(module, folder, tmp_path):
     (tmp_path / "empty/readme.txt").write_text("nothing here")
     refused(module, r"give .* (at most|from \d to) 0 images in empty, 1 other files ignored", data="empty")
     (tmp_path / "file").write_text("")
-    refused(module, "file/args.json: .*exists: 'file'; use another --run-dir", data=str(folder), run_dir="file")
+    refused(
+        module, "file/args.json: .*exists: 'file'; use another --run-dir", data=str(folder), run_dir="file"
+    )
     (tmp_path / "file").unlink()
     words = r"--batch-size 64: give a multiple of \d+, (at most|from \d to) 40 images"
     refused(module, words, data=str(folder), batch_size=64)

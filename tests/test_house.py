@@ -194,11 +194,15 @@ def test_help_opens_offline(path, tmp_path):
         "import socket, sys, runpy\n"
         "def refuse(*_, **__): raise OSError('no network in this test')\n"
         "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
+        "import os; os.environ['COLUMNS'] = '200'\n"
         f"sys.argv = [{path.name!r}, '--help']\n"
         f"runpy.run_path({str(path)!r}, run_name='__main__')\n"
     )
     result = run([sys.executable, "-c", code], cwd=tmp_path)
     assert result.returncode == 0 and "--data" in result.stdout and not list(tmp_path.iterdir())
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    shown = [line.strip() for line in result.stdout.splitlines()]
+    assert all(line.strip() in shown for line in text.splitlines())  # commands and formulas as they stand
 
 
 def pasted(path, name):
