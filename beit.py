@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.5", "torchvision>=0.20", "einops", "tyro", "tensorboard", "tqdm"]
+# dependencies = ["torch>=2.4", "torchvision>=0.19", "einops", "tyro", "tensorboard", "tqdm"]
 # ///
 r"""BEiT: learn features by naming the visual tokens of the patches that were hidden.
 
@@ -314,7 +314,7 @@ class BEiT(nn.Module):
         for i, block in enumerate(blocks, start=1):
             for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
                 weight.data.div_(math.sqrt(2 * i))
-        self.register_load_state_dict_pre_hook(from_timm)
+        self._register_load_state_dict_pre_hook(from_timm, with_module=True)  # public in torch 2.5
 
     def forward(self, images, mask, return_tokens=False):
         """Logits (hidden patches, K) where mask (B, H, W) is True, image by image, row by row; on request
@@ -958,6 +958,7 @@ def train(args: Args) -> dict:
     stage.tokenizer.net.to(device)
     metrics = fit(stage, args, data, run, checkpoint, *processes)
     if world > 1:
+        dist.barrier()  # in torch 2.4 gloo may wait for ever in the next line
         dist.destroy_process_group()
     return metrics
 

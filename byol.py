@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.5", "torchvision>=0.20", "tyro", "tensorboard", "tqdm"]
+# dependencies = ["torch>=2.4", "torchvision>=0.19", "tyro", "tensorboard", "tqdm"]
 # ///
 r"""BYOL: learn features by predicting what a moving average of oneself sees in another view; no negatives.
 
@@ -658,6 +658,7 @@ def train(args: Args) -> dict:
     if rank == 0:
         print(f"{run}/backbone.pt: " + ", ".join(f"{tag} {value:.4g}" for tag, value in metrics.items()))
     if world > 1:
+        dist.barrier()  # in torch 2.4 gloo may wait for ever in the next line
         dist.destroy_process_group()
     return metrics
 

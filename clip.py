@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.5", "torchvision>=0.20", "einops", "tyro", "tensorboard", "tqdm"]
+# dependencies = ["torch>=2.4", "torchvision>=0.19", "einops", "tyro", "tensorboard", "tqdm"]
 # ///
 r"""CLIP: learn features of images and of text by finding, in a batch, which caption belongs to which image.
 
@@ -312,7 +312,7 @@ class ImageTower(nn.Module):
         self.class_embedding, self.positional_embedding, self.proj = tensors
         self.ln_pre, self.ln_post = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.transformer = transformer(dim, depth, quick_gelu)
-        self.register_load_state_dict_pre_hook(tower_from_timm)
+        self._register_load_state_dict_pre_hook(tower_from_timm, with_module=True)  # public in torch 2.5
 
     def forward(self, images):
         x = self.conv1(images)
@@ -1123,6 +1123,7 @@ def train(args: Args) -> dict:
         print(f"{run}/backbone.pt: " + ", ".join(f"{tag} {value:.4g}" for tag, value in metrics.items()))
         print(", ".join(f"{k} {v if isinstance(v, (int, str)) else round(v, 1)}" for k, v in results.items()))
     if world > 1:
+        dist.barrier()  # in torch 2.4 gloo may wait for ever in the next line
         dist.destroy_process_group()
     return metrics
 

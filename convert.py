@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.5", "torchvision>=0.20", "tyro"]
+# dependencies = ["torch>=2.4", "torchvision>=0.19", "tyro"]
 # ///
 """Convert weights: official and foreign checkpoints to backbone.pt, and backbone.pt to timm and torchvision.
 
@@ -127,8 +127,8 @@ def read_file(path, programs=False):
                 f"{path}: is a program (TorchScript), as CLIP's official files. --format clip loads it;"
                 " do that only with a file of someone you trust"
             )
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the flags in files of DINO and MAE
-            return torch.load(path, map_location="cpu", weights_only=True)
+        torch.serialization.add_safe_globals([argparse.Namespace])  # the flags in files of DINO and MAE
+        return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise SystemExit(f"{path}: {error}; pip install it")
     except Exception as error:  # of zip, pickle, the disk

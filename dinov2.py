@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.5", "torchvision>=0.20", "einops", "tyro", "tensorboard", "tqdm"]
+# dependencies = ["torch>=2.4", "torchvision>=0.19", "einops", "tyro", "tensorboard", "tqdm"]
 # ///
 r"""DINOv2: learn features by saying what an average of oneself says, of other crops and of hidden patches.
 
@@ -348,7 +348,7 @@ class DINOv2ViT(nn.Module):
         for layer in (layer for layer in self.modules() if isinstance(layer, nn.Linear)):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-        self.register_load_state_dict_pre_hook(from_timm_names)
+        self._register_load_state_dict_pre_hook(from_timm_names, with_module=True)  # public in torch 2.5
 
     def forward(self, images, masks=None):
         x = self.patch_embed(images)  # its weights and bias start as PyTorch's
@@ -1030,6 +1030,7 @@ def train(args: Args) -> dict:
     if rank == 0:
         print(f"{run}/backbone.pt: " + ", ".join(f"{tag} {value:.4g}" for tag, value in metrics.items()))
     if world > 1:
+        dist.barrier()  # in torch 2.4 gloo may wait for ever in the next line
         dist.destroy_process_group()
     return metrics
 

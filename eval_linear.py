@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.5", "torchvision>=0.20", "einops", "tyro", "tensorboard", "tqdm"]
+# dependencies = ["torch>=2.4", "torchvision>=0.19", "einops", "tyro", "tensorboard", "tqdm"]
 # ///
 """Evaluate a backbone: k-NN, logistic regression, linear probe of frozen features, fine-tuning, prediction.
 
@@ -461,7 +461,8 @@ def published(name, side):
     weights = torchvision.models.get_model_weights(name).DEFAULT
     net, given = torchvision.models.get_model(name, weights=weights), weights.transforms()
     last, layer = [pair for pair in net.named_modules() if isinstance(pair[1], nn.Linear)][-1]
-    net.set_submodule(last, nn.Identity())
+    above, _, last = last.rpartition(".")
+    setattr(net.get_submodule(above), last, nn.Identity())
     if name.startswith("vit") and side not in (0, given.crop_size[0]):
         raise SystemExit(f"--side {side}: {name} takes {given.crop_size[0]} alone; timm's ViTs take others")
     side = side or given.crop_size[0]

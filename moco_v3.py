@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.5", "torchvision>=0.20", "einops", "tyro", "tensorboard", "tqdm"]
+# dependencies = ["torch>=2.4", "torchvision>=0.19", "einops", "tyro", "tensorboard", "tqdm"]
 # ///
 r"""MoCo v3: find the other view of the same image in the batch; what it takes to train ViTs so.
 
@@ -789,6 +789,7 @@ def train(args: Args) -> dict:
     if rank == 0:
         print(f"{run}/backbone.pt: " + ", ".join(f"{tag} {value:.4g}" for tag, value in metrics.items()))
     if world > 1:
+        dist.barrier()  # in torch 2.4 gloo may wait for ever in the next line
         dist.destroy_process_group()
     return metrics
 

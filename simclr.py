@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.5", "torchvision>=0.20", "tyro", "tensorboard", "tqdm"]
+# dependencies = ["torch>=2.4", "torchvision>=0.19", "tyro", "tensorboard", "tqdm"]
 # ///
 r"""SimCLR: learn features by finding the other view of the same image among all images of the batch.
 
@@ -669,6 +669,7 @@ def train(args: Args) -> dict:
     if rank == 0:
         print(f"{run}/backbone.pt: " + ", ".join(f"{tag} {value:.4g}" for tag, value in metrics.items()))
     if world > 1:
+        dist.barrier()  # in torch 2.4 gloo may wait for ever in the next line
         dist.destroy_process_group()
     return metrics
 

@@ -604,7 +604,7 @@ SAFEGUARDS = {
     "mae": [(random_targets, "no better than a mean")],
     "moco": [({"negatives": False}, "directions|one way")],
     # with its own momentum z falls from 85 directions to 7.6 in 150 steps
-    "moco_v3": [({"negatives": False, "momentum": 0.0}, "directions")],
+    "moco_v3": [({"negatives": False, "momentum": 0.0}, "directions|by chance")],
     "pretext": [(random_turns, "it learns nothing")],
     "simclr": [({"negatives": False}, "directions|one way")],
 }
@@ -631,9 +631,16 @@ FASTER = {
     "mae": {"base_lr": 6e-3},  # to be away from predicting the mean when the alarm is armed
 }
 
+# On the photos these two need more before they tell codes, or captions, better than by chance.
+ON_PHOTOS = {
+    "beit": {"epochs": 2, "tokenizer_dim": 32, "image_size": 32, "min_block": 4},
+    "clip": {"lr": 1e-3, "warmup_epochs": 0.4},
+}
 
-def short(module):
-    return SHORT | FASTER.get(module.__name__, {})
+
+def short(module, data):
+    flags = SHORT | FASTER.get(module.__name__, {}) | {"data": data}
+    return flags if data == "demo" else flags | ON_PHOTOS.get(module.__name__, {})
 
 
 on_demo_and_photos = pytest.mark.parametrize("data", ["demo", pytest.param("photos", marks=pytest.mark.slow)])
@@ -648,7 +655,7 @@ def test_a_removed_safeguard_rings_the_alarm(module, tmp_path, capsys, monkeypat
         if callable(flags):
             flags(module, monkeypatch)
             flags = {}
-        module.train(tiny_args(module.__name__, **short(module) | {"data": data}, **flags))
+        module.train(tiny_args(module.__name__, **short(module, data), **flags))
         lines = metrics_of(tmp_path / "run")
         said = [line for line in capsys.readouterr().out.splitlines() if "COLLAPSE" in line]
         assert lines[-1]["monitor/alarm"] == 1 and len(said) == 1 and re.search(words, said[0]), said
@@ -658,7 +665,7 @@ def test_a_removed_safeguard_rings_the_alarm(module, tmp_path, capsys, monkeypat
 @on_demo_and_photos
 def test_a_healthy_run_never_rings(module, tmp_path, capsys, request, data):
     data = data if data == "demo" else str(request.getfixturevalue(data))
-    module.train(tiny_args(module.__name__, **short(module) | {"data": data}))
+    module.train(tiny_args(module.__name__, **short(module, data)))
     lines = metrics_of(tmp_path / "run")
     assert not any(line["monitor/alarm"] for line in lines) and "COLLAPSE" not in capsys.readouterr().out
     assert sum(line["step"] > 0.2 * lines[-1]["step"] for line in lines) >= 5  # armed
