@@ -16,10 +16,10 @@ from conftest import ROOT, SCRIPTS, TRAINING, run
 
 SECTIONS = ["Args", "Augmentation", "Model", "Loss", "Optimiser", "Monitor", "Plumbing", "Training"]
 LINES = {"convert": 455, "beit": 969, "clip": 1134, "dinov2": 1041}
-# above DESIGN's 600, and 850 of eval_linear: --init takes 20, clear words for a damaged
-# run folder 20, converted ViTs 100, each of three tasks 60,
-# a second stage 150; clip's text, pairs, zero-shot and --classify 340; dinov2 has dino's 789, two more
-# losses, masks, a block of its own and names of timm
+# above DESIGN's 600, and 850 of eval_linear: Plumbing is 100 lines over its 130 (--init, clear words for a
+# damaged run folder, not-finite.txt), converted ViTs 100, each of three tasks 60, a second stage 150; clip's
+# text, pairs, zero-shot and --classify 340; dinov2 has two more losses than dino, masks, a block of its own
+# and names of timm
 LINES |= {
     "pretext": 825,
     "simclr": 680,
