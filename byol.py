@@ -434,7 +434,8 @@ def load_encoder(model, prefix, path, rank):
         file = torch.load(path, map_location="cpu", weights_only=True)
         if not {"arch_args", "state_dict"} <= file.keys():
             raise ValueError("is no backbone.pt; convert.py makes one of published weights")
-        state, given = file["state_dict"], file["arch_args"].get("heads")
+        state, given = file["state_dict"], file["arch_args"]
+        given = given.get("num_heads", given.get("heads"))
         fresh, wrong = model.load_state_dict({prefix + k: v for k, v in state.items()}, strict=False)
     except Exception as error:  # no such file, no backbone.pt, other shapes
         raise SystemExit(f"--init {path}: {' '.join(str(error).split())[:300]}")

@@ -684,7 +684,8 @@ def load_encoder(model, prefix, path, rank):
         file = torch.load(path, map_location="cpu", weights_only=True)
         if not {"arch_args", "state_dict"} <= file.keys():
             raise ValueError("is no backbone.pt; convert.py makes one of published weights")
-        state, given = file["state_dict"], file["arch_args"].get("heads")
+        state, given = file["state_dict"], file["arch_args"]
+        given = given.get("num_heads", given.get("heads"))
         fresh, wrong = model.load_state_dict({prefix + k: v for k, v in state.items()}, strict=False)
     except Exception as error:  # no such file, no backbone.pt, other shapes
         raise SystemExit(f"--init {path}: {' '.join(str(error).split())[:300]}")
@@ -991,7 +992,8 @@ def train(args: Args) -> dict:
     if args.init:
         load_encoder(model, encoder, args.init, rank)
         given = torch.load(args.init, map_location="cpu", weights_only=True)["arch_args"]
-        if encoder == "visual." and given.get("quick_gelu", False) != args.quick_gelu:
+        quick = given.get("quick_gelu", given.get("act_layer") == "quick_gelu")
+        if encoder == "visual." and quick != args.quick_gelu:
             raise SystemExit(f"--init {args.init}: of the other --quick-gelu")
     run, checkpoint = open_run(args, "clip", rank)
     trained, named = [*model.parameters()], [*model.named_parameters()]

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.4", "torchvision>=0.19", "einops", "tyro", "tensorboard", "tqdm"]
+# dependencies = ["torch>=2.4", "torchvision>=0.19", "timm>=1.0.31", "tyro", "tensorboard", "tqdm"]
 # ///
 """Evaluate a backbone: k-NN, logistic regression, linear probe of frozen features, fine-tuning, prediction.
 
@@ -13,36 +13,44 @@ Frozen means eval mode and not a bit changed, buffers included. No choice sees t
 
 Probe:     python eval_linear.py --backbone runs/simclr/backbone.pt --mode linear
 Baseline:  python eval_linear.py --backbone random:runs/simclr/backbone.pt --mode linear --seeds 3
-47 labels: python eval_linear.py --backbone backbone.pt --data photos/ --labels-csv labels.csv --mode logreg
-           python eval_linear.py --backbone backbone.pt --data photos/ --mode predict
+47 labels: python eval_linear.py --backbone runs/photos/backbone.pt --data photos/ \
+               --labels-csv labels.csv --mode logreg
+           python eval_linear.py --backbone runs/photos/backbone.pt --data photos/ --mode predict
+
+labels.csv has lines path,label as spreadsheets write them, with or without a header; a column group (camera,
+video, patient, site) keeps a group in one fold. RESULTS.md has the papers' protocols as commands.
+Unlike some papers: probes start at 0 (most: normal, std 0.01), crops are bicubic (MoCo, DINO, BEiT: linear),
+cosines go by steps (MoCo v3, DINO: by epochs) to 0 (MAE's fine-tuning: 1e-6).
 """
 
 import csv
+import io
 import json
 import math
 import os
 import random
 import re
-import sys
+import tempfile
 import time
 import zlib
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import numpy as np
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 import tyro
-from einops import rearrange
 from PIL import Image, ImageOps
+from timm.data import Mixup
+from timm.optim import param_groups_layer_decay
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -52,15 +60,15 @@ from tqdm import tqdm
 class Args:
     backbone: str = "runs/simclr/backbone.pt"  # file, random:FILE (untrained), pixels, resnet50, timm:NAME
     mode: Literal["linear", "finetune", "knn", "logreg", "features", "predict"] = "linear"  # see above
-    preset: str = ""  # recipe of a paper, on the command line: mae-finetune, ...; a wrong name lists all
     data: str = "demo"  # demo, a folder of images in any layout, or a torchvision data set such as CIFAR10
     labels_csv: str = ""  # file with path,label lines for a flat --data folder, evaluated in 5 folds
+    group_pattern: str = ""  # of class folders: a regular expression, its first group in a path is the group
     labels: int = 0  # labelled training images to use, the same number of each class; 0: all
-    label_fraction: float = 1.0  # the same as a share of the training images
     seeds: int = 1  # repetitions with other subsets, folds, heads and untrained weights
     watch: str = ""  # run folder to follow: k-NN whenever its backbone.pt changes, into its TensorBoard log
     side: int = 0  # side of the images in pixels; 0: the backbone's
-    head: str = ""  # head.pt for --mode predict; default: beside the backbone
+    head: str = ""  # file for --mode predict; default: the newest head of this backbone
+    out: str = ""  # folder for the results; default: the backbone's
     k: tuple[int, ...] = (20, 200)  # neighbours of k-NN
     feature: Literal["auto", "cls", "mean", "both"] = "auto"  # of ViTs: [CLS], mean patch; auto: the method's
     layers: tuple[int, ...] = (-1,)  # of ViTs: blocks whose features stand side by side (DINO: -4 -3 -2 -1)
@@ -68,7 +76,6 @@ class Args:
     batch_size: int = 256  # images per step, of all processes together
     base_lr: float = 0.05  # times batch / 256 is the learning rate (paper: of finetune 0.05 in SimCLR)
     rates: tuple[float, ...] = ()  # the same of linear, the best is kept; none: 0.001 0.003 0.01 ... 10 30
-    decay_epochs: tuple[int, ...] = ()  # linear: a tenth of the rate from each on, not a cosine (MoCo: 60 80)
     solver: Literal["nesterov", "sgd", "adamw"] = "nesterov"  # momentum 0.9; adamw 0.9, 0.999
     weight_decay: float = 0.0  # strength of weight decay (paper: 0)
     warmup_epochs: float = 0.0  # linear from 0 (paper: 0 for SimCLR; MAE 10, finetune 5)
@@ -80,38 +87,11 @@ class Args:
     label_smoothing: float = 0.0  # finetune (MAE: 0.1)
     mixup: float = 0.0  # finetune: alpha of mixup, half of the batches if cutmix is on too (MAE: 0.8)
     cutmix: float = 0.0  # finetune: alpha of cutmix (MAE: 1.0)
-    rand_augment: bool = False  # finetune: torchvision's RandAugment after crop and flip
+    rand_augment: bool = False  # finetune: torchvision's RandAugment after crop and flip (MAE: timm's)
     workers: int = 2  # processes that read images, for each training process
     seed: int = 0  # of all random numbers
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on cuda, off elsewhere
-
-
-# Rates are those at batch 256; cosines go by steps (MoCo v3, DINO: by epochs) to 0 (MAE's finetune: 1e-6).
-# Unlike some papers, everywhere: probes start at 0 (most: normal, std 0.01); crops are bicubic (MoCo, DINO,
-# BEiT: bilinear); the last norm comes after any block (BEiT's 9th: none); a whole tenth picks the rate.
-PROBE = "--mode linear --augment --solver sgd --batch-size"
-PRESETS = {
-    "simclr-linear": f"{PROBE} 4096 --solver nesterov --rates 0.1 --epochs 90",  # 2002.05709 B.6
-    "simclr-finetune": "--mode finetune --solver nesterov --batch-size 4096 --base-lr 0.05",  # B.5
-    "moco-linear": f"{PROBE} 256 --rates 30 --epochs 100 --decay-epochs 60 80",  # main_lincls.py
-    "moco_v3-linear": f"{PROBE} 1024 --rates 0.1 3 --epochs 90",  # CONFIG.md: 0.1 of ResNets, 3 of ViTs
-    "byol-linear": f"{PROBE} 1024 --solver nesterov --rates 0.4 0.3 0.2 0.1 0.05 --epochs 80",  # C.1
-    "dino-linear": f"{PROBE} 1024 --rates 0.001 --epochs 100 --layers -4 -3 -2 -1",  # eval_linear.py, ViT-S
-    "beit-linear": f"{PROBE} 1024 --solver adamw --rates 0.001 --weight-decay 1e-4 --epochs 50 "
-    "--layers 8 --feature mean",  # 2106.08254 D, ViT-B
-    # Table 10 of 2111.06377, with SGD for LARS, as its caption allows at this batch, and so a grid of rates
-    "mae-linear": f"{PROBE} 4096 --probe-norm --epochs 90 --warmup-epochs 10",
-    "mae-finetune": "--mode finetune --feature mean --solver adamw --batch-size 1024 --epochs 100 "
-    "--base-lr 5e-4 --warmup-epochs 5 --weight-decay 0.05 --layer-decay 0.65 --drop-path 0.1 --mixup 0.8 "
-    "--cutmix 1 --label-smoothing 0.1 --rand-augment",  # FINETUNE.md, ViT-B; other RandAugment, no erasing
-}
-
-
-def expand_preset(words):
-    """The words of a command line behind those of the preset among them, so that they win."""
-    name = (re.findall(r"--preset[ =](\S+)", " ".join(words)) or [""])[0]
-    return PRESETS.get(name, "").split() + words
 
 
 def processes():
@@ -119,99 +99,184 @@ def processes():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def say(words):
+    """Print in process 0 alone, also names that are not UTF-8."""
+    if processes()[0] == 0:
+        print(words.encode("utf-8", "backslashreplace").decode())
+
+
 # --- Labels -------------------------------------------------------------------------------------------------
-class Pictures(Dataset):
-    """Images by index as uint8 tensors; an item is a path, a number of a demo image, or (data set, index).
-    crop is random by `key`, (seed, epoch), and the index alone; without it, the centre crop."""
+class Labelled(NamedTuple):
+    """n images and what is known of them. A group is never split between learning and testing."""
 
-    def __init__(self, items, side, crop=None, min_scale=1.0):
-        self.items, self.side, self.crop, self.key = items, side, crop, (0, 0)
-        self.reading = (side, min_scale) if crop else (1.15 * side, 1.0)
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        item = self.items[index]
-        if isinstance(item, str):
-            try:
-                image = read_image(item, *self.reading)
-            except Exception as error:  # whatever a decoder raises; another image would get a wrong label
-                raise OSError(f"{item}: cannot be read ({error}); mend it or take it away")
-        else:
-            image = demo_image(item)[0] if isinstance(item, int) else item[0][item[1]][0].convert("RGB")
-        if self.crop:
-            torch.default_generator.manual_seed(hash((*self.key, index)) % 2**32)
-            return index, self.crop(v2.functional.pil_to_tensor(image))
-        bleed = 0.0625 if self.side > 32 else 0  # on each side: the centre crop of 87.5 %
-        image = ImageOps.fit(image, (self.side, self.side), Image.BICUBIC, bleed=bleed)
-        return index, v2.functional.pil_to_tensor(image)
+    items: tuple  # paths, numbers of demo images, or (torchvision data set, index)
+    labels: torch.Tensor  # (n,) number of the class
+    classes: list
+    groups: torch.Tensor  # (n,) number of the group; without groups each image is one
+    is_test: torch.Tensor | None  # (n,) bool; None: in 5 folds each image learns and tests
 
 
-def find_images(folder):
-    """Paths of the images below a folder, sorted; SystemExit if there are none."""
-    walk = os.walk(folder, followlinks=True)
-    files = sorted(os.path.join(at, name) for at, _, names in walk for name in names)
-    if not (images := [file for file in files if file.lower().endswith(IMAGE_ENDINGS)]):
-        raise SystemExit(f"--data {folder}: no images found")
-    return images
-
-
-def read_labels(data, labels_csv=""):
-    """items, labels (n,), names of the classes, and which are test images (n,) bool, or None for 5 folds."""
+def read_labels(data, labels_csv="", group_pattern=""):
+    """Labelled images of --data: by a csv, by class folders, or of a data set. Prints the classes."""
     if labels_csv:
-        return read_csv(data, labels_csv)
-    if data == "demo":
+        rows = csv_rows(data, labels_csv)
+    elif os.path.isdir(data):
+        rows = folder_rows(data, group_pattern)
+    elif data == "demo":
         items = [*range(4096), *range(10**6, 10**6 + 2048)]
-        labels = torch.tensor([demo_image(item)[1] for item in items])
-        return items, labels, list(WORLD), torch.arange(len(items)) >= 4096
-    if not os.path.isdir(data):
-        return read_torchvision(data)
-    train, names = os.path.join(data, "train"), ("val", "valid", "validation", "test")
-    test = next((path for name in names if os.path.isdir(path := os.path.join(data, name))), None)
-    if os.path.isdir(train) and test:
-        found = [(path, root) for root in (train, test) for path in find_images(root)]
-        files = [(path, os.path.relpath(path, root), root is test) for path, root in found]
+        rows = [(item, list(WORLD)[demo_image(item)[1]], "", item >= 4096) for item in items]
     else:
-        root = train if os.path.isdir(train) else data
-        files = [(path, os.path.relpath(path, root)) for path in find_images(root)]
-        files = [(path, name, zlib.crc32(name.encode()) % 5 == 0) for path, name in files]
-        if processes()[0] == 0:
-            print(f"{data}: no test images; one image in five, by the hash of its path, is for testing")
-    names = [name.split(os.sep)[0] if os.sep in name else None for _, name, _ in files]
-    classes = sorted(set(names) - {None})
-    if len(classes) < 2 or None in names:
-        raise SystemExit(f"--data {data}: needs a folder for each of 2 or more classes, or give --labels-csv")
-    labels = torch.tensor([classes.index(name) for name in names])
-    return [path for path, _, _ in files], labels, classes, torch.tensor([test for _, _, test in files])
+        rows = torchvision_rows(data)
 
-
-def read_csv(data, labels_csv):
-    """As read_labels, of a file with path,label lines; paths are relative to the folder `data`."""
-    label_of = {}  # each file once, however written: a copy would be learnt in one fold, tested in another
-    try:
-        with open(labels_csv, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            for row in filter(None, reader):
-                row = [cell.strip() for cell in row]
-                if len(row) != 2 or not all(row):
-                    raise SystemExit(f"--labels-csv {labels_csv}: line {reader.line_num} must be path,label")
-                if row != ["path", "label"]:
-                    label_of[os.path.normpath(row[0])] = row[1]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise SystemExit(f"--labels-csv {labels_csv}: {error}")
-    items = [os.path.join(data, path) for path in label_of]
-    missing = [path for path in items if not os.path.isfile(path)]
-    if missing:
-        raise SystemExit(f"--labels-csv {labels_csv}: names {len(missing)} missing files, first {missing[0]}")
-    classes = sorted(set(label_of.values()))
+    items, names, groups, is_test = zip(*rows, strict=True)
+    classes, labels, counts = np.unique(names, return_inverse=True, return_counts=True)
+    shown = ", ".join(f"{name} {count}" for name, count in zip(classes[:20], counts[:20], strict=True))
     if len(classes) < 2:
-        raise SystemExit(f"--labels-csv {labels_csv}: has {len(classes)} classes, two or more are needed")
-    return items, torch.tensor([classes.index(label) for label in label_of.values()]), classes, None
+        raise SystemExit(f"{labels_csv or data}: has one class ({shown}), two or more are needed")
+
+    groups = [f"group {group}" if group else f"{i}" for i, group in enumerate(groups)]
+    different, groups = np.unique(groups, return_inverse=True)
+    grouped = f" in {len(different)} groups" if len(different) < len(items) else ""
+    say(f"{len(items)} images{grouped}, {len(classes)} classes: {shown}")
+    is_test = None if None in is_test else torch.tensor(is_test)
+    found = Labelled(items, torch.tensor(labels), classes.tolist(), torch.tensor(groups), is_test)
+    if is_test is None:
+        check_folds(found, labels_csv or data)
+    elif set(groups[is_test]) & set(groups[~is_test]):
+        raise SystemExit(f"{data}: a group has images to learn from and to test on")
+    return found
 
 
-def read_torchvision(name):
-    """As read_labels, of a torchvision data set with a training and a test split."""
+def check_folds(data, name):
+    """SystemExit if 5 folds cannot learn and test; prints the classes that are never in both."""
+    pairs = torch.stack([data.labels, data.groups]).unique(dim=1)
+    single = (pairs[0].bincount() == 1).tolist()
+    alone = [name for name, one in zip(data.classes, single, strict=True) if one]
+    n = len(data.groups.unique())
+    if n < 5:
+        raise SystemExit(f"{name}: {n} images or groups are too few for 5 folds")
+    if len(alone) == len(data.classes):
+        raise SystemExit(f"{name}: each class has one image or group: none can be both learnt and tested")
+    if alone:
+        say(f"{name}: with one image or group each, never right in 5 folds: {', '.join(alone[:20])}")
+
+
+def image_paths(folder):
+    """Paths of the images below a folder, sorted; SystemExit if there are none. Links are followed, but no
+    folder counts twice; what begins with . or @ is no photo (.ipynb_checkpoints, ._IMG.jpg, @eaDir)."""
+    paths, entered, root = [], set(), os.path.realpath(folder)
+    for at, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(at)
+        direct = os.path.normpath(os.path.join(root, os.path.relpath(at, folder)))
+        if real in entered or (real != direct and f"{real}/".startswith(f"{root}/")):
+            folders.clear()  # of a link to a folder in here: that is reached directly, too
+            continue
+
+        entered.add(real)
+        folders[:] = [name for name in folders if not name.startswith((".", "@", "__MACOSX"))]
+        images = [name for name in names if name.lower().endswith(IMAGE_ENDINGS)]
+        paths += [os.path.join(at, name) for name in images if not name.startswith((".", "@"))]
+
+    if not paths:
+        raise SystemExit(f"--data {folder}: no images found")
+    return sorted(paths)
+
+
+def folder_rows(data, group_pattern):
+    """(path, class, group, whether for testing) of class folders, or of train/ and val/ or test/ with such.
+    Without that pair one image in five is for testing, by the hash of its path; groups are in 5 folds."""
+    folders = {name.lower(): os.path.join(data, name) for name in os.listdir(data)}
+    learn = next((folders[name] for name in ("train", "training") if name in folders), "")
+    names = ("val", "valid", "validation", "test", "testing")
+    test = next((folders[name] for name in names if learn and name in folders), "")
+    roots = (learn, test) if test else (data,)
+    say(f"--data {data}: " + (f"learns from {learn}, tests on {test}" if test else "has no val/ or test/"))
+
+    rows = []
+    for root in roots:
+        paths = image_paths(root)
+        above = root if test else os.path.commonpath([os.path.dirname(path) for path in paths])
+        for path in paths:
+            name = os.path.relpath(path, above)
+            group = re.search(group_pattern, name)
+            if os.sep not in name:
+                raise SystemExit(f"--data {data}: no class folder around {path}; or give --labels-csv")
+            if not group:
+                raise SystemExit(f"--group-pattern {group_pattern}: not found in {name}")
+
+            is_test = zlib.crc32(os.fsencode(name)) % 5 == 0
+            if test:
+                is_test = root == test
+            elif group_pattern:
+                is_test = None
+            rows.append((path, name.split(os.sep)[0], group[1] if group_pattern else "", is_test))
+    return rows
+
+
+COLUMNS = {  # what a csv may call them
+    "path": ("path", "image", "file", "filename", "filepath", "file_name"),
+    "label": ("label", "class", "species", "category"),
+    "group": ("group", "camera", "video", "patient", "site"),
+}
+
+
+def csv_rows(data, file):
+    """(path, class, group, None) of the labelled rows of a csv file, each image once. Commas, semicolons or
+    tabs part its columns, which are named as in COLUMNS, or are path and label without a header."""
+    try:
+        raw = Path(file).read_bytes()
+        coding = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+        text = raw.decode(coding, "surrogateescape")  # which keeps names of files that are no UTF-8
+        try:
+            delimiter = csv.Sniffer().sniff(text[:9999], ",;\t").delimiter
+        except csv.Error:
+            delimiter = ","
+        rows = list(csv.reader(io.StringIO(text, newline=None), delimiter=delimiter, skipinitialspace=True))
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise SystemExit(f"--labels-csv {file}: {error}")
+
+    header = [cell.strip().lower() for cell in rows[0]] if rows else []
+    named = {column: [name for name in names if name in header] for column, names in COLUMNS.items()}
+    place = {column: header.index(names[0]) for column, names in named.items() if names}
+    if place and not {"path", "label"} <= place.keys():
+        raise SystemExit(f"--labels-csv {file}: its header must name path and label; it has {header}")
+
+    found, missing, skipped = {}, [], 0
+    for row in rows[1:] if place else rows:
+        cells = {i: cell.strip() for i, cell in enumerate(row) if cell.strip()}
+        name, label = cells.get(place.get("path", 0)), cells.get(place.get("label", 1))
+        path = find_file(data, name or "")
+        if not name or not label:
+            skipped += 1
+        elif not path:
+            missing.append(name)
+        elif found.setdefault(path, (path, label, cells.get(place.get("group")), None))[1] != label:
+            raise SystemExit(f"--labels-csv {file}: {name} is {found[path][1]}, and {label}")
+
+    if re.search("[\udc80-\udcff]", " ".join([*missing, *(row[1] for row in found.values())])):
+        raise SystemExit(f"--labels-csv {file}: is not in UTF-8; save it as CSV UTF-8")
+    if missing:
+        words = f"names {len(missing)} missing files, first {os.path.join(data, missing[0])}"
+        raise SystemExit(f"--labels-csv {file}: {words}")
+    if not found:
+        raise SystemExit(f"--labels-csv {file}: has no row with a path and a label")
+    say(f"--labels-csv {file}: {skipped} rows without a label are skipped")
+    return list(found.values())
+
+
+def find_file(data, name):
+    """Where the file of a csv lies, or None: below `data`, beside it (photos/a.jpg), or from here; written as
+    on Windows too."""
+    for written in (name, name.replace("\\", "/")):
+        for folder in (data, os.path.join(data, ".."), ""):
+            path = os.path.normpath(os.path.join(folder, written))
+            if os.path.isfile(path):
+                return path
+    return None
+
+
+def torchvision_rows(name):
+    """((data set, index), class, "", whether for testing) of a torchvision data set with two parts."""
     kind, parts = getattr(torchvision.datasets, name, None), []
     rank, world = processes()
     if rank:
@@ -226,297 +291,279 @@ def read_torchvision(name):
         raise SystemExit(f"--data {name}: no folder, no download ({reason}). Give a folder, or demo")
     if world > 1 and not rank:
         dist.barrier()
-    items = [(part, index) for part in parts for index in range(len(part))]
-    labels = torch.cat([labels_of(part) for part in parts])
-    classes = list(getattr(parts[0], "classes", range(int(labels.max()) + 1)))
-    return items, labels, [str(name) for name in classes], torch.arange(len(items)) >= len(parts[0])
+
+    rows = []
+    for part in parts:
+        kept = [list(getattr(part, name, ())) for name in ("targets", "labels", "_labels")]
+        labels = max(kept, key=len) or [part[i][1] for i in range(len(part))]  # decodes each image
+        names = getattr(part, "classes", None) or [f"{number:05d}" for number in range(1 + max(labels))]
+        rows += [((part, i), str(names[label]), "", part is parts[1]) for i, label in enumerate(labels)]
+    return rows
 
 
-def labels_of(part):
-    """Labels (n,) of a torchvision data set: as it keeps them, or else with each image decoded."""
-    for name in ("targets", "labels", "_labels"):
-        labels = torch.as_tensor(getattr(part, name, ()))
-        if labels.shape == (len(part),):
-            return labels.long()
-    return torch.tensor([int(part[index][1]) for index in range(len(part))])
+def by_class(labels, seed):
+    """Indices of `labels`, class after class, shuffled within each."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    return order[labels[order].argsort(stable=True)]
 
 
 def stratified_subset(labels, count, seed):
     """Indices of `count` labels: count // C of each class, and one more of count % C random classes."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(labels), generator=generator)
-    order, counts = order[labels[order].argsort(stable=True)], labels.bincount()
+    order, counts = by_class(labels, seed), labels.bincount()
     nth = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]  # of its class
-    mix = torch.randperm(len(labels), generator=generator)
+    mix = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     return order[mix][nth[mix].argsort(stable=True)[:count]].sort().values
 
 
-def stratified_folds(labels, folds, seed):
-    """Fold 0 .. folds - 1 of each label, the classes spread evenly over them."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    order = order[labels[order].argsort(stable=True)]
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(labels)) % folds)
+def stratified_folds(labels, groups, folds, seed):
+    """Fold 0 .. folds - 1 of each image: the classes spread evenly over them, each group whole in one."""
+    members, groups = groups.unique(return_inverse=True)
+    if len(members) == len(labels):
+        order = by_class(labels, seed)
+        return torch.empty_like(order).scatter_(0, order, torch.arange(len(labels)) % folds)
+
+    counts = torch.zeros(len(members), int(labels.max()) + 1)  # images of each class in each group
+    counts.index_put_((groups, labels), torch.ones(len(labels)), accumulate=True)
+    share = counts / counts.sum(dim=0).clamp(min=1)
+    held, fold_of = torch.zeros(folds, counts.shape[1]), torch.zeros(len(members), dtype=torch.long)
+    order = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed))
+    for group in order[counts[order].sum(dim=1).argsort(descending=True, stable=True)]:
+        crowded = held @ share[group] + 1e-3 * held.sum(dim=1)  # with its classes, then with any
+        fold_of[group] = crowded.argmin()
+        held[fold_of[group]] += counts[group]
+    return fold_of[groups]
+
+
+class Pictures(Dataset):
+    """By index: the index, the uint8 image (3, side, side), and whether its file could be read. crop is
+    random by `key`, (seed, epoch), and the index alone; without it, the centre crop."""
+
+    def __init__(self, items, side, crop=None, min_scale=1.0):
+        self.items, self.side, self.crop, self.key = items, side, crop, (0, 0)
+        self.reading = (side, min_scale) if crop else (1.15 * side, 1.0)
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        item = self.items[index]
+        try:
+            if isinstance(item, str):
+                image = read_image(item, *self.reading)
+            else:
+                image = demo_image(item)[0] if isinstance(item, int) else item[0][item[1]][0].convert("RGB")
+        except Exception:  # whatever a decoder raises
+            return index, torch.zeros(3, self.side, self.side, dtype=torch.uint8), False
+
+        if self.crop:
+            torch.default_generator.manual_seed(hash((*self.key, index)) % 2**32)
+            return index, self.crop(v2.functional.pil_to_tensor(image)), True
+        bleed = 0.0625 if self.side > 32 else 0  # on each side: the centre crop of 87.5 %
+        image = ImageOps.fit(image, (self.side, self.side), Image.BICUBIC, bleed=bleed)
+        return index, v2.functional.pil_to_tensor(image), True
+
+
+def require_readable(readable, items):
+    """SystemExit if some images could not be read: learning from the others would be another task."""
+    broken = (~readable).nonzero()[:, 0].tolist()
+    if broken:
+        words = f"{len(broken)} of {len(items)} images cannot be read, first {items[broken[0]]}"
+        raise SystemExit(f"{words}; mend them or take them away")
 
 
 # --- Backbones ----------------------------------------------------------------------------------------------
-class ViTBlock(nn.Module):
-    """Pre-norm block of tokens (B, N, D) on a grid (h, w), in timm's names and with the parts in `shapes`:
-    LayerScale (ls1, gamma_1), relative positions and no bias of keys (BEiT), SwiGLU, QuickGELU (CLIP)."""
-
-    def __init__(self, shapes, heads, eps, quick_gelu=False, layer_scale=1e-5):
-        super().__init__()
-        dim, hidden = shapes["mlp.fc2.weight"]
-        self.heads, self.drop_path, self.quick_gelu = heads, 0.0, quick_gelu
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim, "attn.qkv.bias" in shapes)})
-        self.attn["proj"] = nn.Linear(dim, dim)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, shapes["mlp.fc1.weight"][0])})
-        self.mlp["fc2"] = nn.Linear(hidden, dim)
-        self.ls1, self.ls2 = nn.Module(), nn.Module()
-        starts = {"gamma": layer_scale, "gamma_1": 0.1, "gamma_2": 0.1, "q_bias": 0.0, "v_bias": 0.0}
-        starts["relative_position_bias_table"] = 0.0  # another name is none of a network written here
-        for name in (name for name in shapes if name not in self.state_dict()):
-            above, _, last = name.rpartition(".")
-            start = torch.full(shapes[name], starts[last])
-            self.get_submodule(above).register_parameter(last, nn.Parameter(start))
-
-    def attention(self, x, grid):
-        qkv, own, bias = self.attn["qkv"], self.attn._parameters, None
-        shift = qkv.bias
-        if "q_bias" in own:
-            shift = torch.cat([own["q_bias"], torch.zeros_like(own["q_bias"]), own["v_bias"]])
-        if "relative_position_bias_table" in own:
-            bias = relative_bias(own["relative_position_bias_table"], *grid)
-        qkv = F.linear(x, qkv.weight, shift)
-        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v, bias if bias is None else bias.to(q.dtype))
-        return self.attn["proj"](rearrange(x, "b h n d -> b n (h d)"))
-
-    def perceptron(self, x):
-        x = self.mlp["fc1"](x)
-        if x.shape[-1] != self.mlp["fc2"].in_features:  # SwiGLU
-            gate, x = x.chunk(2, dim=-1)
-            return self.mlp["fc2"](F.silu(gate) * x)
-        return self.mlp["fc2"](x * torch.sigmoid(1.702 * x) if self.quick_gelu else F.gelu(x))
-
-    def forward(self, x, grid):
-        scales = dict(self.named_parameters())
-        for i, branch in ((1, lambda x: self.attention(x, grid)), (2, self.perceptron)):
-            y = branch(getattr(self, f"norm{i}")(x))
-            y = y * scales.get(f"ls{i}.gamma", scales.get(f"gamma_{i}", 1.0))
-            x = x + stochastic_depth(y, self.drop_path, "row", self.training)
-        return x
-
-
-# heads of the methods' ViTs; width and depth are those of the weights
+FIXED_POSITIONS = ("mae", "moco_v3", "ijepa")  # sin-cos tables: a part of the network, not of what it learns
+# heads of the methods' ViTs, which files of the first edition leave out
 HEADS = {"vit_nano": 4, "vit_tiny": 3, "vit_small": 6, "vit_base": 12, "vit_large": 16, "vit_huge": 16}
 
 
-class ViT(nn.Module):
-    """Vision transformer with the parts in `shapes`, {name in timm: shape}; images (B, 3, H, W) -> feature
-    (B, D): cls, mean (of patch tokens) or both, normed, of each of the blocks `layers`, side by side.
-    offset: of resize_positions; xavier: initialised as MAE, "qkv" as MoCo v3; None: as CLIP, mostly by
-    PyTorch. block: further arguments of ViTBlock. Uses ViTBlock, resize_positions."""
-
-    def __init__(self, shapes, heads, feature, layers, offset=0.0, eps=1e-6, xavier=False, **block):
-        super().__init__()
-        dim, _, *patch = shapes["patch_embed.proj.weight"]
-        conv = nn.Conv2d(3, dim, patch, patch, bias="patch_embed.proj.bias" in shapes)
-        self.patch_embed = nn.ModuleDict({"proj": conv})
-        for name in (name for name in ("cls_token", "reg_token", "pos_embed") if name in shapes):
-            std = {None: dim**-0.5, "qkv": 1e-6}.get(xavier, 0.02)
-            self.register_parameter(name, nn.Parameter(std * torch.randn(shapes[name])))
-        if "norm_pre.weight" in shapes:
-            self.norm_pre = nn.LayerNorm(dim, eps=eps)
-        blocks = {}
-        for name, shape in shapes.items():
-            if match := re.match(r"blocks\.(\d+)\.(.+)", name):
-                blocks.setdefault(int(match[1]), {})[match[2]] = shape
-        self.blocks = nn.ModuleList(ViTBlock(blocks[i], heads, eps, **block) for i in sorted(blocks))
-        self.norm, self.fc_norm = nn.LayerNorm(dim, eps=eps), nn.Identity()
-        depth, self.prefix = len(blocks), sum(shapes[n][1] for n in ("cls_token", "reg_token") if n in shapes)
-        if not layers or not all(-depth <= layer < depth for layer in layers):
-            raise ValueError(f"--layers {layers}: give some of {-depth} .. {depth - 1}")
-        if feature != "mean" and "cls_token" not in shapes:
-            raise ValueError(f"--feature {feature}: the network has no [CLS], use mean")
-        self.feature, self.layers = feature, {layer % depth for layer in layers}
-        self.resizing = offset, "reg_token" in shapes  # DINOv2: antialiased in the models with registers
-        self.dim = dim * len(self.layers) * (2 if feature == "both" else 1)
-        if xavier:
-            nn.init.xavier_uniform_(conv.weight.view(dim, -1))
-        if xavier == "qkv":
-            nn.init.zeros_(conv.bias)
-        linears = [(name, layer) for name, layer in self.named_modules() if isinstance(layer, nn.Linear)]
-        for name, layer in linears if xavier is not None else ():
-            if xavier:  # "qkv": q, k and v one by one, a bound of D + D instead of 3 D + D
-                nn.init.xavier_uniform_(layer.weight, 2**0.5 if xavier == name[-3:] else 1.0)
-            else:
-                nn.init.normal_(layer.weight, std=0.02)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-
-    def forward(self, images):
-        x, own = self.patch_embed["proj"](images), self._parameters
-        grid, x = x.shape[2:], x.flatten(2).mT
-        first = [own[name].expand(len(x), -1, -1) for name in ("cls_token", "reg_token") if name in own]
-        if "pos_embed" in own:
-            pos_embed = own["pos_embed"]
-            if math.isqrt(pos_embed.shape[1]) ** 2 == pos_embed.shape[1]:  # of patches alone
-                pos_embed = F.pad(pos_embed, (0, 0, 1, 0))
-            pos_embed = resize_positions(pos_embed, *grid, *self.resizing)
-            first[:1] = [token + pos_embed[:, :1] for token in first[:1]]
-            x = x + pos_embed[:, 1:]
-        x, parts = torch.cat([*first, x], dim=1), []
-        x = self.norm_pre(x) if "norm_pre" in self._modules else x
-        for i, block in enumerate(self.blocks):
-            x = block(x, grid)
-            if i in self.layers:
-                tokens = self.norm(x)
-                parts += [tokens[:, 0]] if self.feature != "mean" else []
-                parts += [tokens[:, self.prefix :].mean(dim=1)] if self.feature != "cls" else []
-        return self.fc_norm(torch.cat(parts, dim=1))
-
-    def start_finetune(self, drop_path):
-        """Stochastic depth rising to drop_path; of mean tokens, a fresh norm after the mean (MAE, BEiT).
-        Blocks behind the last of `layers` go: they get no gradient, which DistributedDataParallel refuses."""
-        self.blocks = self.blocks[: max(self.layers) + 1]
-        for i, block in enumerate(self.blocks):
-            block.drop_path = drop_path * i / max(1, len(self.blocks) - 1)
-        if self.feature == "mean":
-            self.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(self.dim, eps=1e-6)
+def build_network(builder, arch_args):
+    """The untrained network that a backbone.pt describes; norm_eps and mlp_layer stand there for what timm
+    takes as classes. Uses resnet."""
+    arch_args = dict(arch_args)
+    if builder == "torchvision.resnet":
+        return resnet(**arch_args)[0]
+    if "norm_eps" in arch_args:
+        arch_args["norm_layer"] = partial(nn.LayerNorm, eps=arch_args.pop("norm_eps"))
+    if "mlp_layer" in arch_args:
+        arch_args["mlp_layer"] = getattr(timm.layers, arch_args["mlp_layer"])
+    classes = {"timm.VisionTransformer": timm.models.VisionTransformer, "timm.Beit": timm.models.Beit}
+    return classes[builder](**arch_args)
 
 
-def relative_bias(table, height, width):
-    """Bias (heads, N, N) of attention among [CLS] and a grid, from BEiT's table ((2g - 1)^2 + 3, heads): by
-    row and column from key to query; then [CLS] to patch, patch to [CLS], itself. Uses spline_matrix."""
-    sides, old = (2 * height - 1, 2 * width - 1), math.isqrt(len(table) - 3)
-    if sides != (old, old):
-        to_rows, to_columns = (spline_matrix(old, side).to(table) for side in sides)
-        square = table[:-3].view(old, old, -1)
-        square = torch.einsum("ai,bj,ijh->abh", to_rows, to_columns, square)
-        table = torch.cat([square.flatten(0, 1), table[-3:]])
-    y, x = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
-    index = torch.full((1 + len(y),) * 2, len(table) - 3)
-    index[1:, 1:] = (y[:, None] - y + height - 1) * sides[1] + x[:, None] - x + width - 1
-    index[1:, 0], index[0, 0] = len(table) - 2, len(table) - 1
-    return table[index.to(table.device)].permute(2, 0, 1)
+def first_edition(file):
+    """builder and arch_args for a backbone.pt of the first edition, whose arch_args are its own."""
+    old, state = file["arch_args"], file["state_dict"]
+    if "conv1.weight" in state:
+        return "torchvision.resnet", {"arch": file["arch"]} | old
 
+    new = {"img_size": file["image_size"], "patch_size": old["patch_size"], "num_classes": 0}
+    new["embed_dim"] = len(state["norm.weight"])
+    new["depth"] = sum(name.endswith(".norm1.weight") for name in state)
+    new["num_heads"] = old.get("heads") or HEADS[file["arch"]]
+    if file["method"] == "beit":
+        relative = "blocks.0.attn.relative_position_bias_table" in state
+        new |= {"use_abs_pos_emb": "pos_embed" in state, "use_rel_pos_bias": relative}
+        return "timm.Beit", new | {"init_values": 0.1, "global_pool": "token"}
 
-def spline_matrix(old, new):
-    """(new, old) matrix of BEiT's resampling of one axis of its tables: a cubic spline (not-a-knot) through
-    old points whose distances grow geometrically until they span the new ones, whose distances are 1."""
-    low, high = 1.01, 1.5
-    while high - low > 1e-6:
-        q = (low + high) / 2
-        low, high = (low, q) if (1 - q ** (old // 2)) / (1 - q) > new // 2 else (q, high)
-    steps = torch.tensor([q**i for i in range(old // 2)], dtype=torch.float64).cumsum(0)
-    x, at = torch.cat([-steps.flip(0), steps[:0].new_zeros(1), steps]), torch.arange(new) - new // 2
-    knots = x[2:-2]
-
-    def basis(points):  # truncated powers
-        powers = [points.double()[:, None] ** torch.arange(4), (points[:, None] - knots).clamp(min=0) ** 3]
-        return torch.cat(powers, dim=1) / x[-1] ** 3
-
-    return torch.linalg.solve(basis(x).T, basis(at).T).T
-
-
-def resize_positions(pos_embed, height, width, offset=0.0, antialias=False):
-    """Positions (1, 1 + N, D) of [CLS] and a square grid -> of height x width, bicubic; equal ones stay. An
-    offset, 0.1 in DINO's official code, is added to the new sides and so shifts the grid a little."""
-    side = math.isqrt(pos_embed.shape[1] - 1)
-    if (side, side) == (height, width):
-        return pos_embed
-    grid = rearrange(pos_embed[:, 1:], "one (h w) d -> one d h w", h=side)
-    scale = ((height + offset) / side, (width + offset) / side)
-    new = {"scale_factor": scale} if offset else {"size": (height, width)}
-    grid = F.interpolate(grid, **new, mode="bicubic", align_corners=False, antialias=antialias)
-    return torch.cat([pos_embed[:, :1], rearrange(grid, "one d h w -> one (h w) d")], dim=1)
+    if "blocks.0.ls1.gamma" in state:
+        new["init_values"] = old.get("layer_scale", 1e-5)
+    hidden = len(state["blocks.0.mlp.fc1.weight"])
+    if hidden != state["blocks.0.mlp.fc2.weight"].shape[1]:
+        new |= {"mlp_layer": "SwiGLUPacked", "act_layer": "silu", "mlp_ratio": hidden / new["embed_dim"]}
+    if "reg_token" in state:
+        new |= {"reg_tokens": state["reg_token"].shape[1], "no_embed_class": True}
+    if "eps" in old:
+        act_layer = "quick_gelu" if old.get("quick_gelu") else "gelu"
+        new |= {"pre_norm": True, "norm_eps": old["eps"], "act_layer": act_layer}
+    if "cls_token" not in state:
+        new |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    return "timm.VisionTransformer", new
 
 
 class Backbone(nn.Module):
-    """uint8 images (B, 3, H, W) -> features (B, D); normalises as the network was trained."""
+    """uint8 images (B, 3, side, side) -> features (B, dim), normalised as the network was trained. feature:
+    of ViTs cls, mean (of patch tokens) or both, normed, of each of the blocks `layers`, side by side; pooled
+    is what the network itself returns."""
 
-    def __init__(self, net, dim, side, mean, std, method, arch):
+    def __init__(self, net, side, mean, std, name, feature="pooled", layers=(-1,)):
         super().__init__()
-        self.net, self.dim, self.side, self.method, self.arch = net, dim, side, method, arch
+        self.net, self.side, self.name = net.to(memory_format=torch.channels_last), side, name
+        self.feature, self.layers = feature, list(layers)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        with torch.no_grad():
+            self.dim = self.eval()(torch.zeros(1, 3, side, side)).shape[1]
 
     def forward(self, images):
         images = (images.float() / 255 - self.mean) / self.std
-        return self.net(images.contiguous(memory_format=torch.channels_last)).flatten(1)
+        images = images.contiguous(memory_format=torch.channels_last)
+        if self.feature == "pooled":
+            return self.net(images).flatten(1)
+
+        parts, options = [], {"return_prefix_tokens": True, "norm": True, "intermediates_only": True}
+        for tokens in self.net.forward_intermediates(images, self.layers, output_fmt="NLC", **options):
+            patches, prefix = tokens if isinstance(tokens, tuple) else (tokens, None)
+            parts += [prefix[:, 0]] if self.feature != "mean" else []
+            parts += [patches.mean(dim=1)] if self.feature != "cls" else []
+        return torch.cat(parts, dim=1)
 
 
 def published(name, side):
-    """A network with its published weights, torchvision's or timm:NAME, without its last layer."""
+    """The network of torchvision, or timm:NAME, with its published weights and without its last layer."""
     if name.startswith("timm:"):
-        import timm
-
         size = {"img_size": side} if side and "patch" in name else {}
         net = timm.create_model(name[5:], pretrained=True, num_classes=0, **size)
         given = net.pretrained_cfg
-        side = side or given["input_size"][1]
-        dim = getattr(net, "head_hidden_size", None) or net.num_features
-        return Backbone(net, dim, side, given["mean"], given["std"], "timm", name[5:])
+        return Backbone(net, side or given["input_size"][1], given["mean"], given["std"], name)
+
     weights = torchvision.models.get_model_weights(name).DEFAULT
     net, given = torchvision.models.get_model(name, weights=weights), weights.transforms()
-    last, layer = [pair for pair in net.named_modules() if isinstance(pair[1], nn.Linear)][-1]
+    last = [part for part, layer in net.named_modules() if isinstance(layer, nn.Linear)][-1]
     above, _, last = last.rpartition(".")
     setattr(net.get_submodule(above), last, nn.Identity())
-    if name.startswith("vit") and side not in (0, given.crop_size[0]):
-        raise SystemExit(f"--side {side}: {name} takes {given.crop_size[0]} alone; timm's ViTs take others")
-    side = side or given.crop_size[0]
-    return Backbone(net, layer.in_features, side, given.mean, given.std, "torchvision", name)
+    return Backbone(net, side or given.crop_size[0], given.mean, given.std, name)
 
 
-def load_backbone(path, seed=0, side=0, feature="auto", layers=(-1,), mode="linear"):
-    """backbone.pt, random:FILE (its network untrained), pixels, or a name of torchvision or timm; SystemExit
-    if it cannot be filled. feature auto: [CLS]; the mean token if there is none, of BEiT, of MAE to tune."""
-    if path == "pixels":
-        return Backbone(nn.Identity(), 3 * (side or 32) ** 2, side or 32, MEAN, STD, "pixels", "pixels")
-    file = path.removeprefix("random:")
+def filled_vit(file, builder, args, untrained, feature, tunes, drop_path):
+    """timm's network of a backbone.pt with its weights, or as timm starts it (MAE's by xavier). If it tunes,
+    timm pools: a mean gets a norm of its own behind it in place of the last one (MAE, BEiT)."""
+    state, method = file["state_dict"], file["method"]
+    if tunes:
+        args = {name: value for name, value in args.items() if name != "fc_norm"}
+        args |= {"global_pool": "avg" if feature == "mean" else "token", "drop_path_rate": drop_path}
+    net = build_network(builder, args)
+    for layer in net.modules() if untrained and method == "mae" else ():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            nn.init.xavier_uniform_(layer.weight.flatten(1))
+
+    start = net.state_dict()
+    if method in FIXED_POSITIONS:
+        start["pos_embed"] = state["pos_embed"]
+        net.pos_embed.requires_grad_(False)
+    if tunes and feature == "mean":
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("norm.")}
+        state |= {name: tensor for name, tensor in start.items() if name.startswith("fc_norm.")}
+    net.load_state_dict(start if untrained else state)
+    return net
+
+
+def from_file(path, side, feature, layers, tunes, drop_path):
+    """The Backbone of a backbone.pt, or of random:FILE untrained; SystemExit if a flag does not fit it."""
+    file = torch.load(path.removeprefix("random:"), map_location="cpu", weights_only=True)
+    untrained, size = path.startswith("random:"), side or file["image_size"]
+    mean, std, name = (
+        file["mean"],
+        file["std"],
+        f"{'untrained' if untrained else file['method']} {file['arch']}",
+    )
+    builder, args = (file["builder"], file["arch_args"]) if "builder" in file else first_edition(file)
+    if builder == "torchvision.resnet":
+        net = build_network(builder, args)
+        net.load_state_dict(net.state_dict() if untrained else file["state_dict"])
+        return Backbone(net, size, mean, std, name)
+
+    tokens, patch = "cls_token" in file["state_dict"], args["patch_size"]
+    if size % patch:
+        raise SystemExit(f"--side {side}: must be a multiple of the patches' {patch} pixels")
+    if feature == "auto":
+        means = not tokens or file["method"] == "beit" or (tunes and file["method"] == "mae")
+        feature = "mean" if means else "cls"
+    if feature == "both" and tunes:
+        raise SystemExit("--feature both: to be fine-tuned, take cls or mean")
+    if feature != "mean" and not tokens:
+        raise SystemExit(f"--feature {feature}: the network has no [CLS], use mean")
+    if not layers or not all(-args["depth"] <= layer < args["depth"] for layer in layers):
+        raise SystemExit(f"--layers {layers}: give some of {-args['depth']} .. {args['depth'] - 1}")
+
+    net = filled_vit(file, builder, args, untrained, feature, tunes, drop_path)
+    if size != args["img_size"]:
+        net.set_input_size(size)
+    return Backbone(net, size, mean, std, f"{name} {feature}", "pooled" if tunes else feature, layers)
+
+
+def load_backbone(path, seed=0, side=0, feature="auto", layers=(-1,), tunes=False, drop_path=0.0):
+    """The Backbone of a backbone.pt, random:FILE (its network untrained), pixels, or a name of torchvision or
+    timm; SystemExit if it cannot be filled. feature auto: [CLS]; the mean token where there is none, of BEiT,
+    and of MAE if the network `tunes`, that is, will be fine-tuned."""
+    torch.manual_seed(seed)
     try:
-        if path.startswith("timm:") or path in torchvision.models.list_models(torchvision.models):
-            return published(path, side)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        torch.manual_seed(seed)
-        method, options = state["method"], dict(state["arch_args"])
-        patch_size = options.pop("patch_size", 1)
-        if state["arch"].startswith("vit"):
-            shapes = {name: tensor.shape for name, tensor in state["state_dict"].items()}
-            means = "cls_token" not in shapes or method == "beit" or (mode, method) == ("finetune", "mae")
-            options["feature"] = ("mean" if means else "cls") if feature == "auto" else feature
-            options["heads"] = options.get("heads") or HEADS[state["arch"]]
-            fixed = options.pop("fixed_positions", False)
-            options["xavier"] = None if method == "clip" else options.get("xavier", False)
-            net = ViT(shapes, layers=layers, **options)
-            dim, conv = net.dim, net.patch_embed["proj"]
-            if method == "ijepa":  # draws its patches too, as ijepa.py does
-                nn.init.normal_(conv.weight, std=0.02 * 16 / patch_size)
-                nn.init.zeros_(conv.bias)
-            if fixed:  # a part of the network, not of what it has learnt
-                net.pos_embed.data.copy_(state["state_dict"]["pos_embed"])
+        if path == "pixels":
+            backbone = Backbone(nn.Identity(), side or 32, MEAN, STD, path)
+        elif path.startswith("timm:") or path in torchvision.models.list_models(torchvision.models):
+            backbone = published(path, side)
         else:
-            net, dim = resnet(state["arch"], **options)
-        if path == file:
-            net.load_state_dict(state["state_dict"])
+            backbone = from_file(path, side, feature, layers, tunes, drop_path)
     except FileNotFoundError:
         raise SystemExit(f"--backbone {path}: no such file; train one, for example with python simclr.py")
     except Exception as error:  # of pickle, a missing key, another shape
         raise SystemExit(f"--backbone {path}: cannot be loaded ({' '.join(repr(error).split())})"[:300])
-    if side % patch_size:
-        raise SystemExit(f"--side {side}: must be a multiple of the patches' {patch_size} pixels")
-    net = net.to(memory_format=torch.channels_last)
-    method = method if path == file else "random"
-    return Backbone(net, dim, side or state["image_size"], state["mean"], state["std"], method, state["arch"])
+
+    vit = os.path.exists(path.removeprefix("random:")) and hasattr(backbone.net, "blocks")
+    useless = {"--feature": feature != "auto" and not vit, "--drop-path": drop_path and not (vit and tunes)}
+    useless["--layers"] = tuple(layers) != (-1,) and not (vit and not tunes)
+    if any(useless.values()):
+        flag = next(flag for flag in useless if useless[flag])
+        raise SystemExit(f"{flag}: has no effect on {backbone.name} in this mode; leave it out")
+    return backbone
 
 
-def check_effect(args, backbone):
-    """SystemExit at a flag for the ViTs of a backbone.pt that this network would ignore."""
-    for name in ("layers", "feature", "drop_path") if not isinstance(backbone.net, ViT) else ():
-        if (value := getattr(args, name)) != (default := getattr(Args, name)):
-            flag = name.replace("_", "-")
-            raise SystemExit(f"--{flag} {value}: has no effect on {backbone.arch}; leave it at {default}")
+@torch.no_grad()
+def settle_statistics(backbone, items, device):
+    """Give an untrained ResNet's BatchNorms the statistics of up to 1,000 of the images, as they have after
+    the first steps of any training: with mean 0 and variance 1 features are worth 5 to 15 points more."""
+    norms = [layer for layer in backbone.modules() if isinstance(layer, nn.BatchNorm2d) and len(items) > 1]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+
+    some = torch.randperm(len(items), generator=torch.Generator().manual_seed(0))[:1000].tolist()
+    pictures = Subset(Pictures(items, backbone.side), some)
+    backbone.to(device).train()
+    for _, images, _ in DataLoader(pictures, min(250, len(some)), drop_last=True) if norms else ():
+        backbone(images.to(device))
+    for norm in norms:
+        norm.momentum = 0.1
 
 
 def fingerprint(module):
@@ -526,63 +573,85 @@ def fingerprint(module):
 
 
 @torch.no_grad()
-def extract_features(backbone, pictures, workers=0, device="cpu", amp=None, batch_size=256, key=None):
-    """Features (n, D) float32 of Pictures, in their order; each process computes its share, once."""
+def extract_features(backbone, pictures, workers=0, device="cpu", amp=None, key=None):
+    """Features (n, D) float32 of Pictures, in their order, NaN where one cannot be read; each process
+    computes its share, once. SystemExit if the network gives numbers that are not finite."""
     rank, world = processes()
     backbone, pictures.key = backbone.to(device).eval(), key or pictures.key
-    mine = torch.utils.data.Subset(pictures, range(rank, len(pictures), world))
-    features = torch.zeros(len(pictures), backbone.dim, device=device)
-    loader = DataLoader(mine, batch_size, num_workers=workers)
-    for index, images in tqdm(loader, desc="features", disable=rank > 0, leave=False):
+    before = fingerprint(backbone)
+    features = torch.zeros(len(pictures), backbone.dim)
+    loader = DataLoader(Subset(pictures, range(rank, len(pictures), world)), 256, num_workers=workers)
+    for index, images, readable in tqdm(loader, desc="features", disable=rank > 0, leave=False):
         with torch.autocast(torch.device(device).type, amp, enabled=amp is not None):
             rows = backbone(images.to(device))
-        features[index.to(device)] = rows.float()
-    if world > 1:
-        dist.all_reduce(features)
-    if not torch.isfinite(features).all():
+        features[index] = rows.float().cpu().nan_to_num(math.inf)
+        features[index[~readable]] = math.nan
+
+    if fingerprint(backbone) != before:
+        raise RuntimeError("the frozen backbone has changed")
+    for part in features.split(2**15) if world > 1 else ():
+        mine = part.to(device)
+        dist.all_reduce(mine)
+        part.copy_(mine)
+    if features.isinf().any():
         words = "its features are not finite; give --amp off, or train it again, it may have diverged"
-        raise SystemExit(f"{backbone.method} {backbone.arch}: {words}")
-    return features.cpu()
+        raise SystemExit(f"{backbone.name}: {words}")
+    return features
 
 
 # --- Scores -------------------------------------------------------------------------------------------------
 def accuracy(scores, labels):
     """top1, top5 and mean_per_class in %, and n, from scores (n, C); counted, then divided once."""
     top = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
-    classes = labels.unique()
-    per_class = [top[labels == c, 0].double().mean() for c in classes]
-    right = top[:, 0].sum().item(), top.any(dim=1).sum().item()
-    scores = {"top1": 100 * right[0] / len(labels), "top5": 100 * right[1] / len(labels), "n": len(labels)}
-    return scores | {"mean_per_class": 100 * (sum(per_class) / len(classes)).item()}
+    per_class = [top[labels == c, 0].double().mean().item() for c in labels.unique()]
+    return {
+        "top1": 100 * top[:, 0].sum().item() / len(labels),
+        "top5": 100 * top.any(dim=1).sum().item() / len(labels),
+        "mean_per_class": 100 * sum(per_class) / len(per_class),
+        "n": len(labels),
+    }
 
 
-def knn(bank, labels, queries, k, classes, temperature=0.07, memory=2**28):
-    """Scores (M, C) of queries (M, D): each of the k nearest rows of the bank (n, D), by cosine, votes for
-    its label with exp(cosine / temperature) (2104.14294). At most `memory` bytes of similarities at once."""
-    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-    scores = torch.zeros(len(queries), classes)
-    size = max(1, memory // (4 * len(bank)))
-    for start in range(0, len(queries), size):
-        similarity, nearest = (queries[start : start + size] @ bank.T).topk(min(k, len(bank)), dim=1)
+def knn(bank, labels, queries, ks, classes, temperature=0.07, device="cpu", memory=2**28):
+    """{k: scores (M, C)} of queries (M, D): each of the k nearest rows of the bank (n, D), by cosine, votes
+    for its label with exp(cosine / temperature) (2104.14294). The bank lies on the device, with `memory`
+    bytes of similarities at once."""
+    bank, most = bank.to(device, copy=True), min(max(ks), len(bank))
+    bank /= bank.norm(dim=1, keepdim=True).clamp(min=1e-12)  # in place: ImageNet's is 10 GB
+    scores = {k: torch.zeros(len(queries), classes) for k in ks}
+    for rows in torch.arange(len(queries)).split(max(1, memory // (4 * len(bank)))):
+        similarity = F.normalize(queries[rows].to(device), dim=1) @ bank.T
+        similarity, nearest = (part.cpu() for part in similarity.topk(most, dim=1))
         weights = torch.exp((similarity - similarity[:, :1]) / temperature)  # cannot overflow
-        scores[start : start + size].scatter_add_(1, labels[nearest], weights)
+        for k in ks:
+            votes = torch.zeros(len(rows), classes)
+            scores[k][rows] = votes.scatter_add_(1, labels[nearest[:, :k]], weights[:, :k])
     return scores
 
 
-def fit_logreg(features, labels, penalty, classes, start=None, max_iter=1000):
-    """Weight (D, C) and bias (C,) at the minimum of mean cross-entropy + penalty / 2 |W|^2, in float64."""
-    x = features.double()
-    weight = torch.zeros(x.shape[1], classes, dtype=torch.float64) if start is None else start[0].clone()
-    bias = torch.zeros(classes, dtype=torch.float64) if start is None else start[1].clone()
-    params = [weight.requires_grad_(), bias.requires_grad_()]
+def fit_logreg(x, labels, penalty, classes, rows=None, start=None, max_iter=1000):
+    """Weight (D, C) and bias (C,) at the minimum of mean cross-entropy + penalty / 2 |W|^2 over the given
+    rows of x (n, D), by default all; on the device of x, in float64, of a float32 x in chunks."""
+    rows = torch.arange(len(x), device=x.device) if rows is None else rows.to(x.device)
+    start = start or (torch.zeros(x.shape[1], classes), torch.zeros(classes))
+    weight, bias = (part.to(x.device, torch.float64).clone().requires_grad_() for part in start)
     options = {"max_iter": max_iter, "tolerance_grad": 1e-7, "tolerance_change": 1e-12, "history_size": 20}
-    solver = torch.optim.LBFGS(params, line_search_fn="strong_wolfe", **options)
+    solver = torch.optim.LBFGS([weight, bias], line_search_fn="strong_wolfe", **options)
+    whole = (x[rows], labels[rows]) if x.dtype == torch.float64 else None
+
+    def chunks():
+        for part in rows.split(2**13):
+            yield x[part].double(), labels[part]
 
     def objective():
         solver.zero_grad()
-        loss = F.cross_entropy(x @ weight + bias, labels) + penalty / 2 * weight.square().sum()
-        loss.backward()
-        return loss
+        total = penalty / 2 * weight.square().sum()
+        total.backward()
+        for part, targets in [whole] if whole else chunks():
+            loss = F.cross_entropy(part @ weight + bias, targets, reduction="sum") / len(rows)
+            loss.backward()
+            total = total.detach() + loss.detach()
+        return total
 
     solver.step(objective)
     return weight.detach(), bias.detach()
@@ -594,143 +663,165 @@ def held_out_score(scores, labels):
     return right - loss / (1 + loss) if math.isfinite(loss) else -1
 
 
-def logreg(features, labels, classes, seed=0):
+def logreg(features, labels, groups, classes, seed=0, device="cpu"):
     """Softmax regression on standardised features, its penalty, of 10^-5 .. 10, the best in 5 folds of the
-    labels, or above 2,000 on a tenth of them. Returns weight (D, C), bias (C,) and what was chosen."""
-    mean, std = features.double().mean(dim=0), features.double().std(dim=0) + 1e-6
-    x, penalties = (features - mean) / std, [10.0**i for i in range(1, -6, -1)]
-    folds = 10 if len(labels) > 2000 else 5
-    fold, score = stratified_folds(labels, folds, seed), dict.fromkeys(penalties, 0)
-    for held in range(1 if folds == 10 else 5):
-        train, test, head = fold != held, fold == held, None
-        for penalty in penalties:  # from strong to weak, each starting at the last
-            head = fit_logreg(x[train], labels[train], penalty, classes, head, max_iter=50)
-            score[penalty] += held_out_score(x[test] @ head[0] + head[1], labels[test])
+    groups, or above 2,000 labels on a tenth of them. Returns weight (D, C), bias (C,), what was chosen."""
+    device = "cpu" if torch.device(device).type == "mps" else device  # which has no float64
+    kept = torch.float64 if features.numel() < 2**27 else torch.float32  # ImageNet's are 10 GB as float32
+    deviation, mean = (part.to(device) for part in torch.std_mean(features, dim=0))
+    x = features.to(device, kept, copy=True).sub_(mean).div_(deviation + 1e-6)
+
+    folds, tries = (10, 1) if len(labels) > 2000 else (5, 5)
+    fold, y = stratified_folds(labels, groups, folds, seed), labels.to(device)
+    penalties = [10.0**i for i in range(1, -6, -1)]
+    score = dict.fromkeys(penalties, 0)
+    for held in range(tries):
+        train, test = (fold != held).nonzero()[:, 0], (fold == held).nonzero()[:, 0].to(device)
+        head = None
+        for penalty in (
+            penalties if len(train) and len(test) else ()
+        ):  # from strong to weak, each from the last
+            head = fit_logreg(x, y, penalty, classes, train, head, max_iter=50)
+            score[penalty] += held_out_score(x[test].double() @ head[0] + head[1], y[test])
+
     best = max(penalties, key=score.get)
-    weight, bias = fit_logreg(x, labels, best, classes)
-    weight = weight / std[:, None]
-    return weight.float(), (bias - mean @ weight).float(), {"penalty": best}
+    weight, bias = fit_logreg(x, y, best, classes)
+    weight = weight / (deviation + 1e-6)[:, None]
+    bias = bias - mean.double() @ weight
+    return weight.float().cpu(), bias.float().cpu(), {"penalty": best}
 
 
-def make_optimizer(name, groups, lr):
-    """nesterov or sgd with momentum 0.9, or adamw."""
+def make_optimizer(name, groups):
+    """nesterov or sgd with momentum 0.9, or adamw; the loop sets the rate."""
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr, betas=(0.9, 0.999))
-    return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=name == "nesterov")
+        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999))
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=name == "nesterov")
 
 
-def linear_probe(features, labels, classes, args, seed=0, augmented=None, device="cpu"):
+def linear_probe(features, labels, groups, classes, args, seed=0, augmented=None, device="cpu"):
     """One linear layer for each of args.rates in one pass: weight (D, C), bias (C,), what was chosen. A tenth
-    of the labels, stratified, picks the rate and is not trained on; with one rate all are. features (n, D),
-    whose batches go to the device; augmented(key=(seed, epoch)) replaces them in training; probe_norm ends
-    as part of the layer."""
+    of the labels, in whole groups, picks the rate and is not trained on; with one rate all are. features
+    (n, D); augmented(key=(seed, epoch)) replaces them in training; probe_norm ends as part of the layer."""
     rates = args.rates or [10.0**power * digit for power in range(-3, 2) for digit in (1, 3)]
-    held = (stratified_folds(labels, 10, seed) == 0) & (labels.bincount()[labels] > 1) & (len(rates) > 1)
-    train, epochs = (~held).nonzero()[:, 0], args.epochs or 100
-    steps = math.ceil(len(train) / args.batch_size)
+    held = (stratified_folds(labels, groups, 10, seed) == 0) & (labels.bincount()[labels] > 1)
+    if len(rates) > 1 and (held.all() or not held.any()):
+        rates = [sorted(rates)[len(rates) // 2]]
+        say(f"--rates: too few labels to hold any out; the middle one, {rates[0]:g}, is taken")
+    train = (~held).nonzero()[:, 0] if len(rates) > 1 else torch.arange(len(labels))
+    epochs, steps = args.epochs or 100, math.ceil(len(train) / args.batch_size)
     if args.probe_norm and len(train) < 2 * steps:
         raise SystemExit(f"--batch-size {args.batch_size}: with --probe-norm no batch may have one image")
-    generator = torch.Generator().manual_seed(seed)
+
     norm = nn.Identity()
     if args.probe_norm:  # momentum None: statistics of all batches, not of the last ten
-        norm = nn.BatchNorm1d(features.shape[1], eps=1e-6, momentum=None, affine=False)
-    heads, groups = nn.ModuleList(nn.Linear(features.shape[1], classes) for _ in rates), []
+        norm = nn.BatchNorm1d(features.shape[1], eps=1e-6, momentum=None, affine=False).to(device)
+    heads = nn.ModuleList(nn.Linear(features.shape[1], classes) for _ in rates).to(device)
+    groups = []
     for head, rate in zip(heads, rates, strict=True):
         scale = {"lr_scale": rate * len(train) / steps / 256}
         groups.append({"params": nn.init.zeros_(head.weight), "weight_decay": args.weight_decay} | scale)
         groups.append({"params": nn.init.zeros_(head.bias), "weight_decay": 0.0} | scale)
-    heads, norm = heads.to(device), norm.to(device)
-    optimizer = make_optimizer(args.solver, groups, lr=0.0)
+    optimizer, generator = make_optimizer(args.solver, groups), torch.Generator().manual_seed(seed)
+
     for epoch in tqdm(range(epochs), desc="linear", leave=False, disable=processes()[0] > 0):
         rows = augmented(key=(seed, epoch)) if augmented else features
         order = train[torch.randperm(len(train), generator=generator)]
         for i, batch in enumerate(order.tensor_split(steps)):
             factor = cosine_schedule(epoch * steps + i, epochs * steps, args.warmup_epochs * steps, 1.0)
-            if args.decay_epochs:
-                factor = 0.1 ** sum(epoch >= decay for decay in args.decay_epochs)
             for group in optimizer.param_groups:
                 group["lr"] = group["lr_scale"] * factor
-            x, targets = norm(rows[batch].to(device)), labels[batch].to(device).repeat(len(rates))
-            logits = torch.cat([head(x) for head in heads])
+
+            x, targets = norm(rows[batch].to(device)), labels[batch].to(device)
+            loss = sum(F.cross_entropy(head(x), targets) for head in heads)
             optimizer.zero_grad()
-            (F.cross_entropy(logits, targets, reduction="sum") / len(batch)).backward()
+            loss.backward()
             optimizer.step()
-    heads, norm = heads.cpu(), norm.cpu()
-    weights = torch.stack([head.weight.detach().T for head in heads])
-    biases = torch.stack([head.bias.detach() for head in heads])
-    if args.probe_norm:  # W (x - mean) / std + b is a linear layer again
-        weights = weights * (norm.running_var + norm.eps).rsqrt()[:, None]
-        biases = biases - norm.running_mean @ weights
-    scores = features[held] @ weights + biases[:, None]  # (rates, held, C)
-    best = max(range(len(rates)), key=lambda i: held_out_score(scores[i], labels[held]))
-    if len(rates) > 1 and not held.any():
-        best = rates.index(sorted(rates)[len(rates) // 2])
-        if processes()[0] == 0:
-            print(f"--rates: too few labels to hold any out; the middle one, {rates[best]:g}, is taken")
-    return weights[best], biases[best], {"rate": rates[best]}
+
+    fitted = [as_layer(head.cpu(), norm.cpu()) for head in heads]
+    scores = [held_out_score(features[held] @ weight + bias, labels[held]) for weight, bias in fitted]
+    best = scores.index(max(scores))
+    return *fitted[best], {"rate": rates[best]}
+
+
+def as_layer(head, norm):
+    """Weight (D, C) and bias (C,) of a linear layer behind BatchNorm: W (x - mean) / std + b is one again."""
+    weight, bias = head.weight.detach().T.contiguous(), head.bias.detach()
+    if isinstance(norm, nn.BatchNorm1d):
+        weight = weight * (norm.running_var + norm.eps).rsqrt()[:, None]
+        bias = bias - norm.running_mean @ weight
+    return weight, bias
 
 
 # --- Fine-tuning --------------------------------------------------------------------------------------------
-def layer_groups(net, head, weight_decay, layer_decay):
-    """Parameter groups with lr_scale = layer_decay^(depth + 1 - id), no decay on ndim <= 1 and tokens. id:
-    0 of the input, i of the i-th block (timm's ViTs) or stage (ResNets) of depth, depth + 1 of the rest."""
-    named = [*net.named_parameters(), *((f"head.{name}", p) for name, p in head.named_parameters())]
-    found = [re.match(r"blocks\.(\d+)|layer(\d)", name) for name, _ in named]
-    ids = [int(match[2] or int(match[1]) + 1) if match else None for match in found]
-    depth, groups = max((id for id in ids if id), default=0), {}
-    if layer_decay != 1 and not depth:
+class Classifier(nn.Module):
+    """A backbone and a linear layer. group_matcher tells timm's layer decay what lies how deep: the input, a
+    ViT's blocks or a ResNet's stages, and the rest, which learns at the full rate."""
+
+    def __init__(self, backbone, classes):
+        super().__init__()
+        self.backbone, self.head = backbone, nn.Linear(backbone.dim, classes)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images):
+        return self.head(self.backbone(images))
+
+    def group_matcher(self, coarse=False):
+        stem = r"backbone\.net\.(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre|conv1|bn1)"
+        return {"stem": stem, "blocks": r"backbone\.net\.(?:blocks\.|layer|stages\.)(\d+)"}
+
+
+def layer_groups(model, weight_decay, layer_decay):
+    """Parameter groups of a Classifier with lr_scale = layer_decay^(depth + 1 - id) (MAE, BEiT); no decay of
+    biases, norms, tokens and positions."""
+    plain = ("*cls_token", "*reg_token", "*pos_embed")
+    groups = param_groups_layer_decay(model, weight_decay, plain, layer_decay=layer_decay)
+    if layer_decay != 1 and len({group["lr_scale"] for group in groups}) < 3:
         raise SystemExit(f"--layer-decay {layer_decay}: finds no layers in this network; leave it at 1.0")
-    for (name, p), id in zip(named, ids, strict=True):
-        at_input = re.match("cls_token|reg_token|pos_embed|patch_embed|norm_pre|conv1|bn1", name)
-        id = (0 if at_input else depth + 1) if id is None else id
-        plain = p.ndim <= 1 or name in ("cls_token", "reg_token", "pos_embed")
-        options = {"lr_scale": layer_decay ** (depth + 1 - id), "params": []}
-        options["weight_decay"] = 0.0 if plain else weight_decay
-        groups.setdefault((id, plain), options)["params"].append(p)
-    return list(groups.values())
+    return groups
+
+
+def share_of_batch(args, backbone, n):
+    """Images in a process's share of a batch; SystemExit if too few for BatchNorm, or odd for mixup."""
+    share = min(args.batch_size, n) // processes()[1]
+    normed = any("BatchNorm" in type(layer).__name__ for layer in backbone.modules())
+    if share < 1 + normed or (share % 2 and args.mixup + args.cutmix):
+        words = f"{share} of {n} images for each process are too few for this network, or odd for mixup"
+        raise SystemExit(f"--batch-size {args.batch_size}: {words}")
+    return share
 
 
 def finetune(backbone, train, labels, classes, args, device, amp=None, seed=0):
     """Train `backbone` and a linear layer, returned as by linear_probe; by default as SimCLR (App. B.5): SGD,
     no warm-up, crops and flips, BatchNorm in train mode. Several processes share each batch."""
-    rank, world = processes()
-    epochs, batch_size = args.epochs or 30, min(args.batch_size, len(train)) // world
-    if batch_size < (2 if any("BatchNorm" in type(m).__name__ for m in backbone.modules()) else 1):
-        words = f"{batch_size} of {len(train)} images for each process are too few for this network"
-        raise SystemExit(f"--batch-size {args.batch_size}: {words}")
+    (rank, world), step, mixes = processes(), 0, args.mixup + args.cutmix > 0
+    epochs, batch_size = args.epochs or 30, share_of_batch(args, backbone, len(train))
     torch.manual_seed(hash((seed, rank)) % 2**32)
-    if args.rand_augment:
-        train.crop = v2.Compose([train.crop, v2.RandAugment()])
-    if isinstance(backbone.net, ViT):
-        backbone.net.start_finetune(args.drop_path)
-    head = nn.Linear(backbone.dim, classes)
-    nn.init.trunc_normal_(head.weight, std=2e-5)
-    nn.init.zeros_(head.bias)
-    model = nn.Sequential(backbone, head).to(device)
-    peak_lr = args.base_lr * batch_size * world / 256
-    groups = layer_groups(backbone.net, head, args.weight_decay, args.layer_decay)
-    optimizer = make_optimizer(args.solver, groups, peak_lr)
-    mixes = [v2.MixUp(alpha=args.mixup, num_classes=classes)] if args.mixup else []
-    mixes += [v2.CutMix(alpha=args.cutmix, num_classes=classes)] if args.cutmix else []
-    mix = v2.RandomChoice(mixes) if mixes else None
+    model, peak_lr = Classifier(backbone, classes).to(device), args.base_lr * batch_size * world / 256
+    optimizer = make_optimizer(args.solver, layer_groups(model, args.weight_decay, args.layer_decay))
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    mix = Mixup(args.mixup, args.cutmix, label_smoothing=0.0, num_classes=classes)
+    train.crop = v2.Compose([train.crop, v2.RandAugment()]) if args.rand_augment else train.crop
     sampler = DistributedSampler(train, world, rank, seed=seed, drop_last=True)
     loader = DataLoader(train, batch_size, sampler=sampler, drop_last=True, num_workers=args.workers)
-    total, warmup = epochs * len(loader), args.warmup_epochs * len(loader)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     if world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    step = 0
+
     for epoch in tqdm(range(epochs), desc="finetune", leave=False, disable=rank > 0):
         sampler.set_epoch(epoch)
         train.key = seed, epoch
-        model.train()
-        for index, images in loader:
+        net.train()
+        for index, images, readable in loader:
+            require_readable(readable, [train.items[i] for i in index])
+            lr = cosine_schedule(step, epochs * len(loader), args.warmup_epochs * len(loader), peak_lr)
             for group in optimizer.param_groups:
-                group["lr"] = group["lr_scale"] * cosine_schedule(step, total, warmup, peak_lr)
+                group["lr"] = group["lr_scale"] * lr
+
             images, targets = images.to(device).float(), labels[index].to(device)
             torch.manual_seed(hash((seed, step, rank)) % 2**32)  # else it depends on who read the images
-            if mix:
+            np.random.seed(hash((seed, step, rank)) % 2**32)
+            if mixes:
                 images, targets = mix(images, targets)
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 logits = net(images)
@@ -740,44 +831,76 @@ def finetune(backbone, train, labels, classes, args, device, amp=None, seed=0):
             scaler.step(optimizer)
             scaler.update()
             step += 1
+
     for buffer in model.buffers() if world > 1 else ():  # each process has its own statistics of BatchNorm
         dist.broadcast(buffer, 0)
-    head = head.cpu()
-    return head.weight.detach().T.contiguous(), head.bias.detach(), {"base_lr": args.base_lr}
+    return *as_layer(model.head.cpu(), None), {"base_lr": args.base_lr}
 
 
 # --- Evaluation ---------------------------------------------------------------------------------------------
-def splits(labels, is_test, args, seed):
-    """(train, test) indices of repetition `seed`: the test split, or each of 5 stratified folds; of the
-    training images only --labels or --label-fraction, stratified."""
-    if is_test is None:
-        fold = stratified_folds(labels, 5, seed)
-        pairs = [((fold != i).nonzero()[:, 0], (fold == i).nonzero()[:, 0]) for i in range(5)]
-    else:
-        pairs = [((~is_test).nonzero()[:, 0], is_test.nonzero()[:, 0])]
-    for train, test in pairs:
-        count = args.labels or round(args.label_fraction * len(train))
+def splits(data, args, seed):
+    """(train, test) indices of repetition `seed`: the test split, or each of 5 folds of the groups; of the
+    training images only --labels, stratified."""
+    fold, folds = data.is_test, (True,)
+    if fold is None:
+        fold, folds = stratified_folds(data.labels, data.groups, 5, seed), range(5)
+    for held in folds:
+        train, test = (fold != held).nonzero()[:, 0], (fold == held).nonzero()[:, 0]
+        fewest, count = len(data.labels[train].unique()), args.labels or len(train)
         if not len(test):
-            raise SystemExit(f"--data {args.data}: has no test images, or too few labels for 5 folds")
-        if not (fewest := len(labels.unique())) <= count <= len(train):
-            raise SystemExit(f"{count} labels: must be {fewest}, one of each class, to all {len(train)}")
-        yield (train[stratified_subset(labels[train], count, seed)] if count < len(train) else train), test
+            raise SystemExit(f"--data {args.data}: has no test images")
+        if not fewest <= count <= len(train):
+            raise SystemExit(f"--labels {count}: must be {fewest}, one of each class, to all {len(train)}")
+        yield train[stratified_subset(data.labels[train], count, seed)], test
+
+
+def result_path(args, name):
+    """Where a result goes: beside the backbone, or to --out. What it is of is in its name, so that results of
+    other data are not written over. SystemExit if that folder cannot be written to."""
+    file, name = Path(args.backbone.removeprefix("random:")), Path(name)
+    folder = Path(args.out or (file.parent if file.is_file() else f"runs/{plain(args.backbone)}"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise SystemExit(f"--out {folder}: cannot be written to ({error.strerror})")
+
+    start = "random-" if args.backbone.startswith("random:") else ""
+    start += f"{plain(file.with_suffix(''))}-" if args.out else ""
+    words = [name.stem, args.data, args.labels_csv.removesuffix(".csv"), args.group_pattern]
+    return folder / f"{start}{'-'.join(plain(word) for word in words if word)}{name.suffix}"
+
+
+def plain(words):
+    """As a part of a file's name: the end of it, without slashes and the like."""
+    return re.sub(r"\W+", "-", str(words)).strip("-")[-80:]
+
+
+def save_result(args, name, content):
+    """Write text, or tensors to .pt, in process 0, under a temporary name until it is whole; its path."""
+    path = result_path(args, name)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    if processes()[0]:
+        return path
+    if path.suffix == ".pt":
+        torch.save(content, temporary)
+    else:
+        Path(temporary).write_text(content, encoding="utf-8", errors="surrogateescape", newline="")
+    os.replace(temporary, path)
+    return path
 
 
 def evaluate(args: Args) -> dict:
-    """Do --mode, print a table, write eval-MODE.json and head.pt beside the backbone; returns the results.
-    args.preset is a note here: only the command line turns it into flags (expand_preset)."""
-    if args.preset and args.preset not in PRESETS:
-        raise SystemExit(f"--preset {args.preset}: must be one of {', '.join(PRESETS)}")
+    """Do --mode, print a table, write its results beside the backbone or to --out, and return them."""
     zero = "labels side epochs weight_decay workers seed warmup_epochs drop_path label_smoothing mixup cutmix"
-    at_most = dict.fromkeys(("label_fraction", "min_scale", "layer_decay", "drop_path", "label_smoothing"), 1)
-    epochs = args.epochs or (30 if args.mode == "finetune" else 100)
-    at_most |= {"warmup_epochs": epochs, "decay_epochs": epochs}
+    at_most = dict.fromkeys(("min_scale", "layer_decay", "drop_path", "label_smoothing"), 1)
+    at_most["warmup_epochs"] = args.epochs or (30 if args.mode == "finetune" else 100)
     check_flags(replace(args, layers=(), k=args.k or (0,)), zero.split(), **at_most)
     rank, world, device, amp = start_processes(args.device, args.amp)
+    work = {"predict": predict, "features": export_features}.get(args.mode, measure)
     try:
-        work = follow if args.watch else {"predict": predict, "features": export_features}.get(args.mode)
-        results = (work or measure)(args, rank, device, amp)
+        result_path(args, "check")
+        results = (follow if args.watch else work)(args, device, amp)
     except (KeyboardInterrupt, OSError) as error:  # a worker's error comes behind its traceback
         raise SystemExit((str(error) or "interrupted").splitlines()[-1])
     if world > 1:
@@ -785,155 +908,160 @@ def evaluate(args: Args) -> dict:
     return results
 
 
-def measure(args, rank, device, amp):
-    """Modes linear, finetune, knn and logreg: fit and test in each repetition and fold."""
-    tunes, features, results, options = args.mode == "finetune", None, [], (args.workers, device, amp)
-    choice = args.side, args.feature, args.layers, args.mode
-    items, labels, classes, is_test = read_labels(args.data, args.labels_csv)
-    for seed in range(args.seed, last := args.seed + args.seeds):
-        pairs = list(splits(labels, is_test, args, seed))
-        if is_test is None and seed == last - 1 and args.mode != "knn":
-            count = args.labels or round(args.label_fraction * len(labels))
-            pairs.append((stratified_subset(labels, count, seed), None))  # folds measure, this makes a head
-        if features is None or args.backbone.startswith("random:"):
-            backbone = load_backbone(args.backbone, seed, *choice)
-            check_effect(args, backbone)
-            before, pictures = fingerprint(backbone), Pictures(items, backbone.side)
-            features = None if tunes else extract_features(backbone, pictures, *options)
-        for train, test in pairs:
+def learn_head(args, data, backbone, features, train, seed, device, amp):
+    """Weight (D, C) and bias (C,) learnt from the images `train`, and what was chosen. finetune changes the
+    backbone, too."""
+    labels, groups, classes = data.labels[train], data.groups[train], len(data.classes)
+    crop = random_crop(backbone.side, args.min_scale)
+    pictures = Pictures([data.items[i] for i in train], backbone.side, crop, args.min_scale)
+    if args.mode == "finetune":
+        fitted = finetune(backbone, pictures, labels, classes, args, device, amp, seed)
+    elif args.mode == "logreg":
+        fitted = logreg(features[train], labels, groups, classes, seed, device)
+    else:
+        anew = partial(extract_features, backbone, pictures, args.workers, device, amp)
+        anew = anew if args.augment else None
+        fitted = linear_probe(features[train], labels, groups, classes, args, seed, anew, device)
+    if not fitted[0].isfinite().all():
+        raise SystemExit(f"--mode {args.mode}: weights are not finite; lower --base-lr or --rates")
+    return fitted
+
+
+def measure(args, device, amp):
+    """Modes linear, finetune, knn and logreg: fit and test in each repetition and fold; save a head."""
+    data = read_labels(args.data, args.labels_csv, args.group_pattern)
+    tunes, untrained, results = args.mode == "finetune", args.backbone.startswith("random:"), []
+    choice = {"side": args.side, "feature": args.feature, "layers": args.layers, "tunes": tunes}
+    load = partial(load_backbone, args.backbone, **choice, drop_path=args.drop_path)
+    embed, features = partial(extract_features, workers=args.workers, device=device, amp=amp), None
+    for seed in range(args.seed, args.seed + args.seeds):
+        if untrained or not results:
+            backbone = load(seed=seed)
+            given = fingerprint(backbone)
+        if not tunes and (untrained or not results):
+            learns = [
+                item for i, item in enumerate(data.items) if data.is_test is None or not data.is_test[i]
+            ]
+            settle_statistics(backbone, learns if untrained else [], device)
+            features = embed(backbone, Pictures(data.items, backbone.side))
+            require_readable(~features.isnan().any(dim=1), data.items)
+
+        for train, test in splits(data, args, seed):
             if args.mode == "knn":
-                for k in dict.fromkeys(args.k):
-                    scores = knn(features[train], labels[train], features[test], k, len(classes))
-                    chosen = {"k": k, "used": min(k, len(train))}
-                    results.append({"choice": chosen, "labels": len(train)} | accuracy(scores, labels[test]))
-                continue
-            fitted = load_backbone(args.backbone, seed, *choice) if tunes else backbone
-            crop = random_crop(fitted.side, args.min_scale)
-            pictures = Pictures([items[i] for i in train], fitted.side, crop, args.min_scale)
-            known = labels[train], len(classes)
-            if tunes:
-                weight, bias, chosen = finetune(fitted, pictures, *known, args, device, amp, seed)
-            elif args.mode == "logreg":
-                weight, bias, chosen = logreg(features[train], *known, seed)
+                known = features[train], data.labels[train]
+                scores = knn(*known, features[test], args.k, len(data.classes), device=device)
+                found = [({"k": k, "used": min(k, len(train))}, scores[k]) for k in scores]
             else:
-                augmented = partial(extract_features, fitted, pictures, *options) if args.augment else None
-                weight, bias, chosen = linear_probe(features[train], *known, args, seed, augmented, device)
-            if not torch.isfinite(weight).all():
-                raise SystemExit(f"--mode {args.mode}: weights are not finite; lower --base-lr or --rates")
-            if test is not None:
-                pictures = Pictures([items[i] for i in test], fitted.side)
-                rows = extract_features(fitted, pictures, *options) if tunes else features[test]
-                scores = rows @ weight + bias
-                results.append({"choice": chosen, "labels": len(train)} | accuracy(scores, labels[test]))
-        if fingerprint(backbone) != before:
-            raise RuntimeError("the frozen backbone has changed")
-    if rank:
-        return {}
+                backbone = load(seed=seed) if tunes else backbone
+                weight, bias, chosen = learn_head(args, data, backbone, features, train, seed, device, amp)
+                tested = Pictures([data.items[i] for i in test], backbone.side)
+                rows = embed(backbone, tested) if tunes else features[test]
+                found = [(chosen, rows @ weight + bias)]
+            for chosen, scores in found:
+                counted = accuracy(scores, data.labels[test])
+                results.append({"choice": chosen, "labels": len(train)} | counted)
+
+    if data.is_test is None and args.mode != "knn":  # the folds have measured; all labels make the head
+        train = stratified_subset(data.labels, args.labels or len(data.labels), seed)
+        backbone = load(seed=seed) if tunes else backbone
+        weight, bias, _ = learn_head(args, data, backbone, features, train, seed, device, amp)
     if args.mode != "knn":
-        tuned = {name: tensor.cpu() for name, tensor in fitted.net.state_dict().items()} if tunes else None
-        state = {"weight": weight, "bias": bias, "classes": classes, "finetuned": tuned, "seed": seed}
-        path = output_file(args, "head.pt")
-        torch.save(state | {"choice": choice, "fingerprint": before}, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)  # a kill leaves the old file or the new one
-    return report(args, results, backbone)
+        head = {"weight": weight, "bias": bias, "classes": data.classes, "choice": choice | {"seed": seed}}
+        network = backbone.cpu().net.state_dict() if tunes or untrained else None
+        save_result(args, f"head-{args.mode}.pt", head | {"network": network, "given": given})
+    return report(args, results, backbone.name)
 
 
-def export_features(args, rank, device, amp):
-    """features.pt: features (n, D) and items, the paths of the images of a folder, which needs no labels; of
-    a torchvision set their indices, first all of training, then of test."""
-    items = find_images(args.data) if os.path.isdir(args.data) else read_labels(args.data)[0]
+def report(args, results, name):
+    """Print the table and write eval-MODE.json: mean over repetitions and folds, and sample deviation; labels
+    are those that the first fold learnt from, others may have more or fewer."""
+    table, labels = {}, results[0]["labels"]
+    for result in results:
+        row = f"k {result['choice']['k']}" if args.mode == "knn" else args.mode
+        table.setdefault(row, []).append(result)
+    tested = f"{len(results) // len(table)} x {results[0]['n']} test images"
+    say(f"\n{args.backbone} on {args.data}: {labels} labels, {tested}")
+    say(f"{'':12}{'top-1':>14}{'top-5':>8}{'per class':>11}")
+
+    out = asdict(args) | {"labels": labels, "feature": name, "results": results}
+    for row, found in table.items():
+        mean = {key: sum(r[key] for r in found) / len(found) for key in ("top1", "top5", "mean_per_class")}
+        deviation = torch.tensor([r["top1"] for r in found]).std().item() if len(found) > 1 else 0.0
+        spread = f"{mean['top1']:7.1f} +- {deviation:3.1f}"
+        say(f"{row:12}{spread}{mean['top5']:8.1f}{mean['mean_per_class']:11.1f}")
+        if "top1" not in out:  # the first k stands for k-NN: no choice on the test images
+            out |= mean | {"top1_std": deviation, "n": sum(r["n"] for r in found) // args.seeds}
+    save_result(args, f"eval-{args.mode}.json", json.dumps(out, indent=1))
+    return out
+
+
+def export_features(args, device, amp):
+    """features.pt: features (n, D), NaN where an image cannot be read, and items: paths below --data, which
+    needs no labels, or indices in a data set, first all for training."""
+    items = image_paths(args.data) if os.path.isdir(args.data) else read_labels(args.data).items
     backbone = load_backbone(args.backbone, args.seed, args.side, args.feature, args.layers)
-    check_effect(args, backbone)
+    settle_statistics(backbone, items if args.backbone.startswith("random:") else [], device)
     features = extract_features(backbone, Pictures(items, backbone.side), args.workers, device, amp)
-    if rank == 0:
-        path = output_file(args, "features.pt")
-        names = [str(item[1] if isinstance(item, tuple) else item) for item in items]
-        torch.save({"features": features, "items": names}, path)
-        print(f"{path}: {tuple(features.shape)}")
-    return {"n": len(features)}
+    names = [str(item[1]) if isinstance(item, tuple) else str(item) for item in items]
+    path = save_result(args, "features.pt", {"features": features, "items": names})
+    unreadable = int(features.isnan().any(dim=1).sum())
+    say(f"{path}: {tuple(features.shape)}; {unreadable} images cannot be read")
+    return {"n": len(items), "unreadable": unreadable}
 
 
-def follow(args, rank, device, amp):
+def predict(args, device, amp):
+    """predictions.csv (path, class, probability) for every image below --data with a head of this backbone;
+    the row of an image that cannot be read is empty."""
+    like = result_path(replace(args, data="", labels_csv="", group_pattern=""), "head.pt")
+    found = sorted(like.parent.glob(f"{like.stem}-*.pt"), key=os.path.getmtime)
+    path = Path(args.head or (found or [like])[-1])
+    try:
+        head = torch.load(path, map_location="cpu", weights_only=True)
+        weight, bias, classes, choice = (head[key] for key in ("weight", "bias", "classes", "choice"))
+    except Exception:
+        raise SystemExit(f"--head {path}: missing or damaged; --mode logreg, linear or finetune writes it")
+    backbone = load_backbone(args.backbone, **choice)
+    if fingerprint(backbone) != head["given"]:
+        raise SystemExit(f"--head {path}: was trained on another backbone than {args.backbone}")
+    if head["network"]:
+        backbone.net.load_state_dict(head["network"])
+
+    items = image_paths(args.data)
+    features = extract_features(backbone, Pictures(items, backbone.side), args.workers, device, amp)
+    probability = torch.softmax(features @ weight + bias, dim=1)
+    lines = io.StringIO()
+    rows = csv.writer(lines)
+    rows.writerow(["path", "class", "probability"])
+    for item, row in zip(items, probability, strict=True):
+        answer = ["", ""] if row.isnan().any() else [classes[row.argmax()], f"{row.max():.4f}"]
+        rows.writerow([os.path.relpath(item, args.data), *answer])
+    unreadable = int(probability.isnan().any(dim=1).sum())
+    written = save_result(args, "predictions.csv", lines.getvalue())
+    say(f"{written}: {len(items)} images, {unreadable} of them cannot be read; by {path}")
+    return {"n": len(items), "unreadable": unreadable}
+
+
+def follow(args, device, amp):
     """k-NN of the run folder --watch whenever its backbone.pt is replaced, as eval/knn_top1, until Ctrl-C."""
     run, seen = Path(args.watch), None
     if not run.is_dir() or dist.is_initialized():
         reason = "works without torchrun" if run.is_dir() else "no such folder; start the training first"
         raise SystemExit(f"--watch {run}: {reason}")
-    print(f"watching {run}/backbone.pt; Ctrl-C ends it")
+    say(f"watching {run}/backbone.pt; Ctrl-C ends it")
     board = SummaryWriter(run, filename_suffix=".knn")
+    path, log = run / "backbone.pt", run / "metrics.jsonl"
     try:
         while True:
-            if (path := run / "backbone.pt").exists() and path.stat().st_mtime_ns != seen:
-                seen, log = path.stat().st_mtime_ns, run / "metrics.jsonl"
+            if path.exists() and path.stat().st_mtime_ns != seen:
+                seen = path.stat().st_mtime_ns
                 lines = log.read_text().split("\n")[:-1] if log.exists() else []
-                now = replace(args, watch="", mode="knn", backbone=str(path))
-                result = measure(now, rank, device, amp)  # not evaluate, which makes an error of Ctrl-C
                 step = json.loads(lines[-1])["step"] if lines else 0
+                result = measure(replace(args, watch="", mode="knn", backbone=str(path)), device, amp)
                 board.add_scalar("eval/knn_top1", result["top1"], step)
                 board.flush()
             time.sleep(1)
     except KeyboardInterrupt:
         return {}
-
-
-def output_file(args, name):
-    """Path of a result: beside the backbone's file, with -random for random:FILE; or in runs/BACKBONE."""
-    file, (stem, ending) = Path(args.backbone.removeprefix("random:")), name.split(".")
-    folder = file.parent if file.is_file() else Path("runs") / args.backbone
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{stem}{'-random' if args.backbone.startswith('random:') else ''}.{ending}"
-
-
-def report(args, results, backbone):
-    """Print the table and write eval-MODE.json: mean over repetitions and folds, and sample deviation; labels
-    are those that the first fold learnt from, others have one more at most."""
-    table, labels = {}, results[0]["labels"]
-    for result in results:
-        name = f"k {result['choice']['k']}" if args.mode == "knn" else args.mode
-        table.setdefault(name, []).append(result)
-    tested = f"{len(results) // len(table)} x {results[0]['n']} test images"
-    print(f"\n{args.backbone} on {args.data}: {labels} labels, {tested}")
-    print(f"{'':12}{'top-1':>14}{'top-5':>8}{'per class':>11}")
-    feature = f"{backbone.method} {backbone.arch} {getattr(backbone.net, 'feature', 'pooled')}"
-    out = asdict(args) | {"labels": labels, "feature": feature, "results": results}
-    for name, rows in table.items():
-        mean = {key: sum(row[key] for row in rows) / len(rows) for key in ("top1", "top5", "mean_per_class")}
-        deviation = torch.tensor([row["top1"] for row in rows]).std().item() if len(rows) > 1 else 0.0
-        print(f"{name:12}{mean['top1']:7.1f} +- {deviation:3.1f}{mean['top5']:8.1f}", end="")
-        print(f"{mean['mean_per_class']:11.1f}")
-        if "top1" not in out:  # the first k stands for k-NN: no choice on the test images
-            out |= mean | {"top1_std": deviation, "n": sum(row["n"] for row in rows) // args.seeds}
-    output_file(args, f"eval-{args.mode}.json").write_text(json.dumps(out, indent=1))
-    return out
-
-
-def predict(args, rank, device, amp):
-    """Write predictions.csv (path, class, probability) for every image below --data with a head.pt."""
-    path = Path(args.head or output_file(args, "head.pt"))
-    try:
-        head = torch.load(path, map_location="cpu", weights_only=True)
-        weight, classes, choice = head["weight"], head["classes"], head["choice"]
-    except Exception:
-        raise SystemExit(f"--head {path}: missing or damaged; --mode logreg, linear or finetune writes it")
-    backbone = load_backbone(args.backbone, head["seed"], *choice)
-    if fingerprint(backbone) != head["fingerprint"]:
-        raise SystemExit(f"--head {path}: was trained on another backbone than {args.backbone}")
-    if head["finetuned"]:
-        if isinstance(backbone.net, ViT):
-            backbone.net.start_finetune(0.0)
-        backbone.net.load_state_dict(head["finetuned"])
-    items = find_images(args.data)
-    features = extract_features(backbone, Pictures(items, backbone.side), args.workers, device, amp)
-    probability = torch.softmax(features @ weight + head["bias"], dim=1)
-    if rank == 0:
-        path = output_file(args, "predictions.csv")
-        with open(path, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["path", "class", "probability"])
-            for item, row in zip(items, probability, strict=True):
-                writer.writerow([os.path.relpath(item, args.data), classes[row.argmax()], f"{row.max():.4f}"])
-        print(f"{path}: {len(items)} images, by the head of --mode {choice[3]}")
-    return {"n": len(items)}
 
 
 # --- Plumbing -----------------------------------------------------------------------------------------------
@@ -1031,4 +1159,4 @@ def cosine_schedule(step, total, warmup, base, final=0.0):
 
 
 if __name__ == "__main__":
-    evaluate(tyro.cli(Args, description=__doc__.replace("\n", "\n "), args=expand_preset(sys.argv[1:])))
+    evaluate(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))  # or tyro joins lines

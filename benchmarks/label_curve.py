@@ -27,19 +27,22 @@ import eval_linear as E  # noqa: E402
 
 def frozen(path, data, counts, seeds):
     """{labels: [top-1 of each seed]} of logistic regression on frozen features."""
-    items, labels, classes, is_test = E.read_labels(data)
+    images = E.read_labels(data)
+    learnt = [item for item, test in zip(images.items, images.is_test, strict=True) if not test]
     top1, features = {count: [] for count in counts}, None
     for seed in range(seeds):
         if features is None or path.startswith("random:"):
             backbone = E.load_backbone(path, seed)
-            features = E.extract_features(backbone, E.Pictures(items, backbone.side), workers=2)
+            E.settle_statistics(backbone, learnt if path.startswith("random:") else [], "cpu")
+            features = E.extract_features(backbone, E.Pictures(images.items, backbone.side), workers=2)
         for count in counts:
             if count == 0 and seed and not path.startswith("random:"):
                 continue  # with all labels the subset is the same
             options = E.Args(path, "logreg", data=data, labels=count)
-            train, test = next(E.splits(labels, is_test, options, seed))
-            weight, bias, _ = E.logreg(features[train], labels[train], len(classes), seed)
-            top1[count].append(E.accuracy(features[test] @ weight + bias, labels[test])["top1"])
+            train, test = next(E.splits(images, options, seed))
+            known = features[train], images.labels[train], images.groups[train], len(images.classes)
+            weight, bias, _ = E.logreg(*known, seed)
+            top1[count].append(E.accuracy(features[test] @ weight + bias, images.labels[test])["top1"])
     return top1
 
 
@@ -65,7 +68,7 @@ def main(
     to: str = "label_curve.png",
 ):
     """--backbones NAME=FILE ...; --labels: numbers of labels, 0 is all; writes --to and the same as .json."""
-    everything = sum(~E.read_labels(data)[3]).item()
+    everything = sum(~E.read_labels(data).is_test).item()
     table = {}
     for name, path in (word.split("=", 1) for word in backbones):
         table[name] = frozen(path, data, labels, seeds)
@@ -96,7 +99,12 @@ def main(
     table = {
         name: {str(count or everything): v for count, v in curve.items()} for name, curve in table.items()
     }
-    results = {"data": data, "seeds": seeds, "test_images": int(sum(E.read_labels(data)[3])), "top1": table}
+    results = {
+        "data": data,
+        "seeds": seeds,
+        "test_images": int(sum(E.read_labels(data).is_test)),
+        "top1": table,
+    }
     Path(to).with_suffix(".json").write_text(json.dumps(results, indent=1))
     print(to)
 

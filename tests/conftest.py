@@ -92,6 +92,11 @@ def command_line(script, **flags):
     return words
 
 
+def features_of(backbone, x):
+    """What eval_linear.py's Backbone gives for images that are normalised already."""
+    return backbone((x * backbone.std + backbone.mean) * 255)
+
+
 def run(words, timeout=240, **options):
     options = {"capture_output": True, "text": True, "timeout": timeout} | options
     return subprocess.run([str(word) for word in words], **options)

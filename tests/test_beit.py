@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import tyro
-from conftest import command_line, run, run_processes, tiny_args
+from conftest import command_line, features_of, run, run_processes, tiny_args
 
 import beit
 import eval_linear
@@ -281,8 +281,8 @@ def test_backbone_gives_the_same_features(positions, tmp_path, generator):
     with torch.no_grad():
         x = stage.model(images, torch.zeros(3, 8, 8, dtype=torch.bool), return_tokens=True)[1]
         for feature, wanted in (("auto", x[:, 1:].mean(dim=1)), ("cls", x[:, 0])):
-            net = eval_linear.load_backbone(str(tmp_path / "backbone.pt"), feature=feature).net.eval()
-            torch.testing.assert_close(net(images), wanted, atol=1e-5, rtol=1e-4)
+            backbone = eval_linear.load_backbone(str(tmp_path / "backbone.pt"), feature=feature)
+            torch.testing.assert_close(features_of(backbone, images), wanted, atol=1e-5, rtol=1e-4)
     other = beit.BEiTStage(args, 8, None).model
     beit.load_encoder(other, "", str(tmp_path / "backbone.pt"), 0)
     for name, tensor in other.state_dict().items():

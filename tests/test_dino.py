@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import tyro
-from conftest import run_processes, tiny_args
+from conftest import features_of, run_processes, tiny_args
 from PIL import Image
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 
@@ -514,24 +514,25 @@ dino.train(dino.Args(
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 5 and all(math.isfinite(line["train/loss"]) for line in lines)
     backbone = eval_linear.load_backbone(str(tmp_path / "run/backbone.pt"))
-    assert backbone.dim == 512 and backbone.arch == "resnet18"
+    assert backbone.dim == 512 and backbone.name == "dino resnet18"
     teacher = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["teacher"]
     mean = backbone.net.bn1.running_mean
     assert torch.equal(mean, teacher["backbone.bn1.running_mean"]) and mean.abs().max() > 0.01
 
 
 def test_exported_backbone_is_the_teacher(folder, tmp_path):
-    """eval_linear.py's ViT on backbone.pt gives the teacher's [CLS], at other sizes with the offset too."""
+    """eval_linear.py's features are the teacher's [CLS]; at other sizes timm resamples, not DINO."""
     dino.train(tiny_args("dino", data=str(folder), epochs=1, out_dim=32, run_dir=str(tmp_path)))
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     teacher = dino.build(tiny_args("dino", out_dim=32))
     teacher.load_state_dict(state["teacher"])
     assert state["center"].shape == (1, 32) and state["center"].abs().max() > 0
     with torch.no_grad():
-        for side in (32, 48):
-            net = eval_linear.load_backbone(str(tmp_path / "backbone.pt"), side=side).eval().net
+        for side, tolerance in ((32, 1e-5), (48, 0.05)):
+            backbone = eval_linear.load_backbone(str(tmp_path / "backbone.pt"), side=side)
             x = torch.randn(2, 3, side, side)
-            torch.testing.assert_close(net(x), teacher.backbone(x), atol=1e-5, rtol=1e-5)
+            ours, theirs = features_of(backbone, x), teacher.backbone(x)
+            assert (ours - theirs).norm() / theirs.norm() < tolerance
     layers = eval_linear.load_backbone(str(tmp_path / "backbone.pt"), layers=(-4, -3, -2, -1))
     assert layers.dim == 4 * 128
 

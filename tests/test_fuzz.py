@@ -289,7 +289,7 @@ def check_csv(root, how):
     def check(data):
         (root / "labels.csv").write_bytes(data)
         try:
-            module.read_csv(str(root), str(root / "labels.csv"))
+            module.csv_rows(str(root), str(root / "labels.csv"))
         except SystemExit as stop:
             assert isinstance(stop.code, str) and "labels.csv" in stop.code
 

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import tyro
-from conftest import run_processes, tiny_args
+from conftest import features_of, run_processes, tiny_args
 
 import convert
 import eval_linear
@@ -247,7 +247,7 @@ def test_sizes_and_the_papers_decoder(arch, patch, width, depth, heads):
     assert len(model.blocks) == depth and model.norm.weight.shape == (width,)
     assert {block.attn.heads for block in model.blocks} == {heads}
     assert {name: heads for name, (_, _, heads) in mae.VITS.items()} == eval_linear.HEADS
-    known = {name: (width, *sizes) for width, (name, *sizes) in convert.VITS.items() if name != "vit_giant"}
+    known = {name: (*sizes, heads) for sizes, (name, heads) in convert.VITS.items() if name != "vit_giant"}
     assert known == mae.VITS
     assert len(model.decoder_blocks) == 8 and model.decoder_norm.weight.shape == (512,)
     assert model.decoder_blocks[0].attn.heads == 16
@@ -452,7 +452,7 @@ def test_exported_backbone_is_the_encoder(folder, tmp_path):
     model.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"])
     with torch.no_grad():
         latent = model.encode(images(), 0.0)[0]
-        torch.testing.assert_close(backbone.net(images()), latent[:, 0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(features_of(backbone, images()), latent[:, 0], atol=1e-5, rtol=1e-5)
     fixed = eval_linear.load_backbone(f"random:{tmp_path / 'backbone.pt'}").net.pos_embed
     torch.testing.assert_close(fixed, mae.sincos_positions(128, 8))
 

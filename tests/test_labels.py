@@ -1,0 +1,362 @@
+"""eval_linear.py: labels as people have them, groups, splits, and results that are not lost."""
+
+import csv
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+import eval_linear
+import simclr
+from eval_linear import Args, evaluate, read_labels
+
+
+@pytest.fixture
+def photos_folder(tmp_path, monkeypatch):
+    """photos/ with a.jpg, ..., f.jpg and sub/g.jpg, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos/sub").mkdir(parents=True)
+    for i, name in enumerate(("a", "b", "c", "d", "e", "f", "sub/g")):
+        simclr.demo_image(i)[0].save(tmp_path / f"photos/{name}.jpg")
+    return tmp_path / "photos"
+
+
+def refused(match, call, *rest, **options):
+    with pytest.raises(SystemExit, match=match) as stop:
+        call(*rest, **options)
+    assert "\n" not in str(stop.value)
+    return str(stop.value)
+
+
+def labelled(content, data="photos", encoding="utf-8"):
+    """{path below photos/: (class, number of the group)} as read from a csv with this content."""
+    with open("labels.csv", "wb") as file:
+        file.write(content if isinstance(content, bytes) else content.encode(encoding))
+    found = read_labels(data, "labels.csv")
+    names = [found.classes[label] for label in found.labels]
+    pairs = zip(names, found.groups.tolist(), strict=True)
+    return {os.path.relpath(item, "photos"): pair for item, pair in zip(found.items, pairs, strict=True)}
+
+
+def classes_of(found):
+    return {path: name for path, (name, _) in found.items()}
+
+
+# csv files
+
+EXPECTED = dict(zip("abcdef", ["cat", "fox"] * 3, strict=True))
+LINES = [f"{name}.jpg,{label}" for name, label in EXPECTED.items()]
+EXPECTED = {f"{name}.jpg": label for name, label in EXPECTED.items()}
+SEMICOLONS = [line.replace(",", ";") for line in LINES]
+VARIANTS = {
+    "plain": "\n".join(LINES),
+    "semicolons": "\n".join(SEMICOLONS),
+    "tabs": "\n".join(LINES).replace(",", "\t"),
+    "carriage returns": "\r\n".join(["path,label", *LINES, ""]),
+    "byte-order mark": ("\ufeff" + "\r\n".join(["path;label", *SEMICOLONS])),
+    "old Macintosh": "\r".join(LINES),
+    "trailing commas": "\n".join(f"{line},,," for line in LINES),
+    "third column": "\n".join(f"{line},seen on {i}. May" for i, line in enumerate(LINES)),
+    "header of any case": "\n".join(["Path,Label", *LINES]),
+    "other names": "\n".join(["filename,species", *LINES]),
+    "other order": "\n".join(["note,Class,IMAGE", *(f"x,{b},{a}" for a, b in (s.split(",") for s in LINES))]),
+    "quotes": "\n".join('"{}","{}"'.format(*line.split(",")) for line in LINES),
+    "spaces": "\n".join(f" {line.replace(',', ' , ')} " for line in LINES),
+    "backslashes": "\n".join(f"photos\\{line}" for line in LINES),
+    "with the folder": "\n".join(f"photos/{line}" for line in LINES),
+    "dots": "\n".join(f"./sub/../{line}" for line in LINES),
+    "copies": "\n".join([*LINES, *(f"./{line}" for line in LINES), ""]),
+    "empty lines": "\n\n,\n".join(LINES),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_csv_as_spreadsheets_write_it(photos_folder, name):
+    for data in ("photos", "photos/", str(photos_folder)):
+        assert classes_of(labelled(VARIANTS[name], data)) == EXPECTED
+    if name != "byte-order mark":
+        assert classes_of(labelled(VARIANTS[name], encoding="utf-16")) == EXPECTED
+    absolute = "\n".join(f"{photos_folder}/{line}" for line in LINES)
+    assert classes_of(labelled(absolute)) == EXPECTED
+
+
+def test_rows_without_a_label_are_skipped_and_counted(photos_folder, capsys):
+    text = "\n".join(["path,label", *LINES, "sub/g.jpg,", "nowhere.jpg,", ",fox"])
+    assert classes_of(labelled(text)) == EXPECTED
+    printed = capsys.readouterr().out
+    assert "--labels-csv labels.csv: 3 rows without a label are skipped" in printed
+    assert "6 images, 2 classes: cat 3, fox 3" in printed
+    labelled("\n".join(LINES).replace("e.jpg,cat", "e.jpg,Cat"))
+    printed = capsys.readouterr().out
+    assert "3 classes: Cat 1, cat 2, fox 3" in printed  # a slip is seen
+    assert "with one image or group each, never right in 5 folds: Cat" in printed
+
+
+def test_csv_files_that_are_refused(photos_folder):
+    def refuse(match, content, **options):
+        return refused(match, labelled, content, **options)
+
+    umlaut = "\n".join(LINES).replace("fox", "Füchsin")
+    assert set(classes_of(labelled(umlaut)).values()) == {"cat", "Füchsin"}
+    refuse("labels.csv: is not in UTF-8; save it as CSV UTF-8", umlaut, encoding="cp1252")
+    refuse("labels.csv: is not in UTF-8", "\n".join([*LINES, "Füchsin.jpg,fox"]), encoding="cp1252")
+    refuse("names 1 missing files, first photos/z.jpg", "\n".join([*LINES, "z.jpg,cat"]))
+    refuse("labels.csv: has no row with a path and a label", "")
+    refuse("labels.csv: has no row with a path and a label", "path,label\na.jpg,\n")
+    refuse("its header must name path and label; it has .'path', 'animal'.", "path,animal\na.jpg,cat")
+    refuse("./a.jpg is cat, and fox", "\n".join([*LINES, "./a.jpg,fox"]))
+    refuse(
+        "labels.csv: 3 images or groups are too few for 5 folds", "\n".join(["a.jpg,x", "b.jpg,y", "c.jpg,z"])
+    )
+    single = "\n".join(f"{name}.jpg,{name}" for name in "abcdef")
+    refuse("each class has one image or group: none can be both learnt and tested", single)
+
+
+def test_names_that_are_not_utf8(photos_folder, capsys):
+    """They are found by a csv with the same bytes, measured, and written as they are in predictions.csv."""
+    name = b"photos/F\xfcchsin.jpg"
+    os.rename(b"photos/f.jpg", name)
+    lines = [line.encode() for line in LINES[:5]] + [b"F\xfcchsin.jpg,fox"]
+    assert len(labelled(b"\n".join(lines))) == 6
+    evaluate(Args("pixels", "logreg", data="photos", labels_csv="labels.csv", side=8, workers=0))
+    evaluate(Args("pixels", "predict", data="photos", workers=0))
+    written = open("runs/pixels/predictions-photos.csv", "rb").read()
+    assert b"\nF\xfcchsin.jpg,fox," in written.replace(b"\r", b"") or b"F\xfcchsin.jpg,cat," in written
+    os.makedirs(b"classes/F\xfcchsin"), os.makedirs("classes/cat")
+    for i in range(20):
+        simclr.demo_image(i)[0].save(os.fsdecode(b"classes/F\xfcchsin/%d.jpg" % i))
+        simclr.demo_image(i)[0].save(f"classes/cat/{i}.jpg")
+    evaluate(Args("pixels", "knn", data="classes", side=8, workers=0, k=(1,)))
+    assert r"2 classes: F\udcfcchsin 20, cat 20" in capsys.readouterr().out
+
+
+# Groups
+
+
+def noise_videos(videos=30, frames=8, seed=0):
+    """Features of frames that look like their video alone, whose labels cannot be learnt."""
+    generator = torch.Generator().manual_seed(seed)
+    video = torch.arange(videos).repeat_interleave(frames)
+    look = torch.randn(videos, 64, generator=generator)[video]
+    features = look + 0.05 * torch.randn(len(video), 64, generator=generator)
+    return features, torch.randint(0, 5, (videos,), generator=generator)[video], video
+
+
+def test_groups_are_never_split():
+    """Noise videos: 100 % by k-NN over frames, chance over whole videos."""
+    features, labels, video = noise_videos()
+    data = eval_linear.Labelled(tuple(range(240)), labels, list("abcde"), video, None)
+    top1 = {}
+    for name, groups in (("frames", torch.arange(240)), ("videos", video)):
+        right = []
+        for train, test in eval_linear.splits(data._replace(groups=groups), Args(), 0):
+            if name == "videos":
+                assert not set(video[train].tolist()) & set(video[test].tolist())
+            scores = eval_linear.knn(features[train], labels[train], features[test], (5,), 5)[5]
+            right.append((scores.argmax(dim=1) == labels[test]).float())
+        top1[name] = 100 * torch.cat(right).mean().item()
+    assert top1["frames"] == 100 and top1["videos"] < 40
+
+
+def test_folds_of_groups_are_even():
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.randint(0, 40, (2000,), generator=generator)
+    labels = (groups % 4 + torch.randint(0, 2, (2000,), generator=generator)) % 5
+    fold = eval_linear.stratified_folds(labels, groups, 5, 0)
+    assert all(len(fold[groups == g].unique()) == 1 for g in range(40))
+    assert fold.bincount().min() > 300 and fold.bincount().max() < 500
+    for label in range(5):
+        shares = fold[labels == label].bincount(minlength=5) / (labels == label).sum()
+        assert shares.min() > 0.1 and shares.max() < 0.3
+    assert not torch.equal(fold, eval_linear.stratified_folds(labels, groups, 5, 1))
+    five = eval_linear.stratified_folds(torch.tensor([0, 0, 1, 1, 2]), torch.tensor([7, 7, 3, 2, 9]), 5, 0)
+    assert five[0] == five[1] and len(five.unique()) == 4  # a group more than folds leaves none empty
+
+
+@pytest.mark.parametrize("fit", ["logreg", "linear"])
+def test_groups_are_whole_in_inner_folds(monkeypatch, fit):
+    """The penalty and the rate are chosen on videos that they have not learnt from."""
+    features, labels, video = noise_videos()
+    seen, folds = [], eval_linear.stratified_folds
+
+    def watched(labels, groups, *rest):
+        fold = folds(labels, groups, *rest)
+        seen.append(all(len(fold[groups == g].unique()) == 1 for g in groups.unique()))
+        return fold
+
+    monkeypatch.setattr(eval_linear, "stratified_folds", watched)
+    if fit == "logreg":
+        *_, chosen = eval_linear.logreg(features, labels, video, 5)
+        *_, split = eval_linear.logreg(features, labels, torch.arange(240), 5)
+        assert chosen["penalty"] > split["penalty"]  # nothing can be learnt of another video
+    else:
+        eval_linear.linear_probe(features, labels, video, 5, Args(epochs=1))
+    assert seen[0]
+
+
+def test_a_group_column_and_a_group_pattern(photos_folder):
+    text = "\n".join(["image,species,Camera", *(f"{line},{i // 2}" for i, line in enumerate(LINES))])
+    refused("3 images or groups are too few for 5 folds", labelled, text)
+    text += "\nsub/g.jpg,cat,"
+    names = [f"{i}.jpg,{'xy'[i % 2]},cam{i // 2}" for i in range(12)]
+    for i in range(12):
+        simclr.demo_image(i)[0].save(photos_folder / f"{i}.jpg")
+    found = labelled("\n".join(["path,label,site", *names, "a.jpg,x,", "b.jpg,y,"]))
+    groups = [group for _, group in found.values()]
+    assert groups[:12] == sorted(groups[:12]) and len(set(groups)) == 8  # images without one are their own
+    assert all(groups[2 * i] == groups[2 * i + 1] for i in range(6))
+
+    for i in range(24):
+        path = photos_folder.parent / "classes" / "xy"[i % 2] / f"cam{i % 6}_{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        simclr.demo_image(i)[0].save(path)
+    found = read_labels("classes", group_pattern=r"/(cam\d)_")
+    assert found.is_test is None and len(found.groups.unique()) == 6
+    assert all(f"cam{group}_" in item for group, item in zip(found.groups.tolist(), found.items, strict=True))
+    refused("--group-pattern site: not found in x/cam0_0.png", read_labels, "classes", "", "site")
+    for split in ("train", "val"):
+        for i in range(4):
+            path = photos_folder.parent / "two" / split / "xy"[i % 2] / f"cam{i}_{split}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            simclr.demo_image(i)[0].save(path)
+    refused("a group has images to learn from and to test on", read_labels, "two", "", r"(cam\d)")
+    assert read_labels("two", "", r"(cam\d_\w+)").is_test.sum() == 4
+
+
+# Folders
+
+
+def fill(root, *names):
+    for i, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        simclr.demo_image(i)[0].save(path, "PNG")
+
+
+@pytest.mark.parametrize("train, test", [("train", "val"), ("Training", "Testing"), ("TRAIN", "valid")])
+def test_splits_by_any_of_their_names(tmp_path, train, test, capsys):
+    names = [f"{split}/{c}/{i}.png" for split in (train, test) for c in "ab" for i in range(3)]
+    fill(tmp_path, *names, "unlabeled/9.png", "unlabeled/x/9.png")
+    found = read_labels(str(tmp_path))
+    assert found.classes == ["a", "b"] and len(found.items) == 12 and found.is_test.sum() == 6
+    assert all(f"/{test}/" in item for item, t in zip(found.items, found.is_test, strict=True) if t)
+    assert f"learns from {tmp_path}/{train}, tests on {tmp_path}/{test}" in capsys.readouterr().out
+
+
+def test_without_a_test_folder(tmp_path, capsys):
+    """train/ alone is opened, beside other classes it is one; an image in five is for testing."""
+    fill(tmp_path / "one", *(f"train/{c}/{i}.png" for c in "ab" for i in range(30)))
+    found = read_labels(str(tmp_path / "one"))
+    assert found.classes == ["a", "b"] and 3 <= found.is_test.sum() <= 25
+    assert torch.equal(read_labels(str(tmp_path / "one")).is_test, found.is_test)
+    assert "has no val/ or test/" in capsys.readouterr().out
+    fill(tmp_path / "rides", *(f"{c}/{i}.png" for c in ("bus", "car", "train") for i in range(20)))
+    assert read_labels(str(tmp_path / "rides")).classes == ["bus", "car", "train"]
+
+
+def test_what_is_no_photo(tmp_path):
+    """Hidden files and folders, those of servers, and folders that are reached twice."""
+    real = [f"{c}/{i}.png" for c in "ab" for i in range(4)]
+    hidden = ("a/.ipynb_checkpoints/0-checkpoint.png", "b/._1.png", ".thumbnails/0.png", "@eaDir/a/0.png")
+    fill(tmp_path, *real, *hidden, "__MACOSX/a/0.png")
+    (tmp_path / "a/notes.txt").write_text("no image")
+    os.symlink("..", tmp_path / "a/back")
+    os.symlink("../b", tmp_path / "a/again")
+    found = read_labels(str(tmp_path))
+    assert [os.path.relpath(item, tmp_path) for item in found.items] == real
+    os.symlink(tmp_path, tmp_path.parent / "link")
+    assert len(read_labels(str(tmp_path.parent / "link")).items) == 8
+    fill(tmp_path.parent / "elsewhere", "c.png", "d.png")
+    os.symlink("../../elsewhere", tmp_path / "b/more")
+    os.symlink("../../elsewhere", tmp_path / "b/once more")
+    assert len(read_labels(str(tmp_path)).items) == 10
+
+
+# Images that cannot be read, and results
+
+
+@pytest.fixture
+def broken(photos_folder):
+    labelled("\n".join(LINES))
+    evaluate(Args("pixels", "logreg", data="photos", labels_csv="labels.csv", side=8, workers=0))
+    (photos_folder / "b.jpg").write_text("no image")
+    (photos_folder / "sub/empty.png").touch()
+    return photos_folder
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_predict_and_features_go_on_at_unreadable_files(broken, capsys, workers):
+    result = evaluate(Args("pixels", "predict", data="photos", workers=workers))
+    assert result == {"n": 8, "unreadable": 2}
+    assert "8 images, 2 of them cannot be read" in capsys.readouterr().out
+    with open("runs/pixels/predictions-photos.csv", newline="") as file:
+        rows = {row["path"]: (row["class"], row["probability"]) for row in csv.DictReader(file)}
+    assert [path for path in rows if rows[path] == ("", "")] == ["b.jpg", "sub/empty.png"]
+    assert all(rows[path][0] in ("cat", "fox") for path in ("a.jpg", "sub/g.jpg"))
+    assert evaluate(Args("pixels", "features", data="photos", side=8, workers=workers))["unreadable"] == 2
+    written = torch.load("runs/pixels/features-photos.pt", weights_only=True)
+    lost = written["features"].isnan().all(dim=1)
+    assert [os.path.relpath(written["items"][i], "photos") for i in lost.nonzero()] == [
+        "b.jpg",
+        "sub/empty.png",
+    ]
+    assert written["features"][~lost].isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["knn", "logreg", "linear", "finetune"])
+def test_learning_refuses_unreadable_files(broken, mode):
+    args = Args("pixels", mode, data="photos", labels_csv="labels.csv", side=8, workers=0, epochs=1)
+    refused(r"1 of \d images cannot be read, first photos/b.jpg; mend them", evaluate, args)
+
+
+def test_results_of_other_data_have_their_own_names(photos_folder, tmp_path):
+    labelled("\n".join(LINES))
+    os.rename("labels.csv", "first.csv")
+    labelled("\n".join(LINES).replace("a.jpg,cat", "a.jpg,fox"))
+    base = Args("pixels", "logreg", data="photos", side=8, workers=0)
+    for name in ("first.csv", "labels.csv"):
+        evaluate(replace(base, labels_csv=name))
+    evaluate(replace(base, data="demo", labels=20))
+    folder = tmp_path / "runs/pixels"
+    names = {
+        f"{kind}-logreg-{of}" for kind in ("eval", "head") for of in ("demo", "photos-first", "photos-labels")
+    }
+    assert {path.stem for path in folder.iterdir()} == names
+    assert json.loads((folder / "eval-logreg-photos-first.json").read_text())["labels_csv"] == "first.csv"
+    evaluate(replace(base, mode="predict", head=str(folder / "head-logreg-photos-first.pt"), out="there"))
+    evaluate(replace(base, mode="knn", labels_csv="first.csv", out="there"))
+    assert {p.name for p in (tmp_path / "there").iterdir()} == {
+        "pixels-predictions-photos.csv",
+        "pixels-eval-knn-photos-first.json",
+    }
+    # the newest head is taken, and said
+    os.utime(folder / "head-logreg-photos-first.pt", (2e9, 2e9))
+    evaluate(replace(base, mode="predict"))
+    assert (folder / "predictions-photos.csv").read_text() == open(
+        "there/pixels-predictions-photos.csv"
+    ).read()
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_before_the_work(photos_folder, monkeypatch):
+    monkeypatch.setattr(eval_linear, "load_backbone", lambda *a, **k: pytest.fail("this is the work"))
+    (photos_folder.parent / "file").touch()
+    args = Args("pixels", "features", data="photos", workers=0)
+    refused("--out file/x: cannot be written to .Not a directory", evaluate, replace(args, out="file/x"))
+    refused("--out /proc/x: cannot be written to", evaluate, replace(args, out="/proc/x"))
+
+
+def test_a_kill_while_writing_leaves_the_old_file(broken, monkeypatch):
+    args = Args("pixels", "predict", data="photos", workers=0)
+    evaluate(args)
+    before = open("runs/pixels/predictions-photos.csv").read()
+    Image.new("RGB", (9, 9)).save("photos/z.png")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    refused("interrupted", evaluate, args)
+    assert open("runs/pixels/predictions-photos.csv").read() == before
