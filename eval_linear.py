@@ -492,16 +492,12 @@ def from_file(path, side, feature, layers, tunes, drop_path):
     """The Backbone of a backbone.pt, or of random:FILE untrained; SystemExit if a flag does not fit it."""
     file = torch.load(path.removeprefix("random:"), map_location="cpu", weights_only=True)
     untrained, size = path.startswith("random:"), side or file["image_size"]
-    mean, std, name = (
-        file["mean"],
-        file["std"],
-        f"{'untrained' if untrained else file['method']} {file['arch']}",
-    )
+    name = f"{'untrained' if untrained else file['method']} {file['arch']}"
     builder, args = (file["builder"], file["arch_args"]) if "builder" in file else first_edition(file)
     if builder == "torchvision.resnet":
         net = build_network(builder, args)
         net.load_state_dict(net.state_dict() if untrained else file["state_dict"])
-        return Backbone(net, size, mean, std, name)
+        return Backbone(net, size, file["mean"], file["std"], name)
 
     tokens, patch = "cls_token" in file["state_dict"], args["patch_size"]
     if size % patch:
@@ -519,7 +515,8 @@ def from_file(path, side, feature, layers, tunes, drop_path):
     net = filled_vit(file, builder, args, untrained, feature, tunes, drop_path)
     if size != args["img_size"]:
         net.set_input_size(size)
-    return Backbone(net, size, mean, std, f"{name} {feature}", "pooled" if tunes else feature, layers)
+    name, kind = f"{name} {feature}", "pooled" if tunes else feature
+    return Backbone(net, size, file["mean"], file["std"], name, kind, layers)
 
 
 def load_backbone(path, seed=0, side=0, feature="auto", layers=(-1,), tunes=False, drop_path=0.0):
@@ -584,7 +581,7 @@ def extract_features(backbone, pictures, workers=0, device="cpu", amp=None, key=
     for index, images, readable in tqdm(loader, desc="features", disable=rank > 0, leave=False):
         with torch.autocast(torch.device(device).type, amp, enabled=amp is not None):
             rows = backbone(images.to(device))
-        features[index] = rows.float().cpu().nan_to_num(math.inf)
+        features[index] = rows.float().cpu().nan_to_num(math.inf, math.inf, -math.inf)
         features[index[~readable]] = math.nan
 
     if fingerprint(backbone) != before:

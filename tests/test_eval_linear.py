@@ -267,6 +267,49 @@ def test_linear_probe_on_a_gpu_that_is_not_there():
     assert chosen == expected[2] and torch.equal(weight, expected[0]) and torch.equal(bias, expected[1])
 
 
+def test_knn_and_logreg_on_a_gpu_that_is_not_there():
+    """Banks, similarities, standardised features and L-BFGS are on the device; what comes back is not."""
+    import pretend_gpu
+
+    features, labels = clusters(90, noise=1.5)
+    fit, products, matmul = eval_linear.fit_logreg, set(), torch.Tensor.__matmul__
+    expected = knn(features, labels, features, (1, 5), 3), logreg(features, labels, alone(labels), 3)
+    with pretend_gpu.PretendGPU(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.Tensor, "__matmul__", lambda self, x: products.add(x.device.type) or matmul(self, x)
+        )
+        cuda = torch.device("cuda")
+        scores = knn(features, labels, features, (1, 5), 3, device=cuda)
+        assert products == {"cuda"}
+        patch.setattr(
+            eval_linear, "fit_logreg", lambda x, y, *a, **k: products.add(y.device.type) or fit(x, y, *a, **k)
+        )
+        weight, bias, chosen = logreg(features, labels, alone(labels), 3, device=cuda)
+        assert products == {"cuda"} and {weight.device.type, bias.device.type} == {"cpu"}
+        assert all(scores[k].device.type == "cpu" for k in scores)
+    assert chosen == expected[1][2] and all(torch.equal(scores[k], expected[0][k]) for k in (1, 5))
+    torch.testing.assert_close((weight, bias), expected[1][:2])
+
+
+def test_features_that_overflow_are_noticed(backbone_file):
+    """Infinite ones, of float16, as well as NaN; of images that cannot be read NaN stays."""
+    backbone = load_backbone(str(backbone_file))
+    pictures = eval_linear.Pictures([0, "nowhere.png", 2], 32)
+    assert eval_linear.extract_features(backbone, pictures).isnan().any(dim=1).tolist() == [
+        False,
+        True,
+        False,
+    ]
+    for value in (math.inf, -math.inf, math.nan):
+        with torch.no_grad():
+            backbone.net.layer4[1].bn2.bias[0] = value
+        if value == -math.inf:
+            backbone.net.avgpool = torch.nn.Identity()
+            backbone.net.layer4[1].relu = torch.nn.Identity()
+        with pytest.raises(SystemExit, match="its features are not finite"):
+            eval_linear.extract_features(backbone, eval_linear.Pictures([0], 32))
+
+
 def test_schedule_of_maes_probe():
     """Oracle 4: peak 6.4, warm-up 10, 90 epochs."""
     rates = [eval_linear.cosine_schedule(epoch, 90, 10, 6.4) for epoch in (5, 10, 50, 90)]
@@ -439,11 +482,15 @@ def test_statistics_never_see_a_test_image(tmp_path, backbone_file, monkeypatch)
     monkeypatch.chdir(tmp_path)
     seen, settle = [], eval_linear.settle_statistics
     monkeypatch.setattr(
-        eval_linear, "settle_statistics", lambda b, items, d: seen.append(items) or settle(b, items[:20], d)
+        eval_linear, "settle_statistics", lambda b, items, d: seen.append(items) or settle(b, items, d)
     )
+    for i in range(24):
+        path = tmp_path / "data" / ("train" if i < 16 else "val") / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        simclr.demo_image(i)[0].save(path)
     for path in (f"random:{backbone_file}", str(backbone_file)):
-        evaluate(Args(path, "knn", labels=20, k=(1,), workers=0))
-    assert seen == [list(range(4096)), []]
+        evaluate(Args(path, "knn", data="data", k=(1,), workers=0))
+    assert len(seen[0]) == 16 and all("/train/" in item for item in seen[0]) and seen[1] == []
 
 
 def test_protocols_in_the_results_parse():
