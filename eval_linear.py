@@ -23,6 +23,7 @@ Unlike some papers: probes start at 0 (most: normal, std 0.01), crops are bicubi
 cosines go by steps (MoCo v3, DINO: by epochs) to 0 (MAE's fine-tuning: 1e-6).
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -30,7 +31,6 @@ import math
 import os
 import random
 import re
-import tempfile
 import time
 import zlib
 from dataclasses import asdict, dataclass, replace
@@ -121,7 +121,7 @@ def read_labels(data, labels_csv="", group_pattern=""):
     if labels_csv:
         rows = csv_rows(data, labels_csv)
     elif os.path.isdir(data):
-        rows = folder_rows(data, group_pattern)
+        rows = folder_rows(data)
     elif data == "demo":
         items = [*range(4096), *range(10**6, 10**6 + 2048)]
         rows = [(item, list(WORLD)[demo_image(item)[1]], "", item >= 4096) for item in items]
@@ -134,82 +134,109 @@ def read_labels(data, labels_csv="", group_pattern=""):
     if len(classes) < 2:
         raise SystemExit(f"{labels_csv or data}: has one class ({shown}), two or more are needed")
 
+    if group_pattern:
+        groups = groups_by(group_pattern, data, items)
     groups = [f"group {group}" if group else f"{i}" for i, group in enumerate(groups)]
     different, groups = np.unique(groups, return_inverse=True)
     grouped = f" in {len(different)} groups" if len(different) < len(items) else ""
-    say(f"{len(items)} images{grouped}, {len(classes)} classes: {shown}")
-    is_test = None if None in is_test else torch.tensor(is_test)
+    say(f"{len(items)} images{grouped}, {len(classes)} classes: {shown}{', ...' * (len(classes) > 20)}")
+    in_folds = None in is_test or (group_pattern and not find_splits(data))
+    is_test = None if in_folds else torch.tensor(is_test)
     found = Labelled(items, torch.tensor(labels), classes.tolist(), torch.tensor(groups), is_test)
-    if is_test is None:
-        check_folds(found, labels_csv or data)
-    elif set(groups[is_test]) & set(groups[~is_test]):
-        raise SystemExit(f"{data}: a group has images to learn from and to test on")
+    check_learnable(found, labels_csv or data)
     return found
 
 
-def check_folds(data, name):
-    """SystemExit if 5 folds cannot learn and test; prints the classes that are never in both."""
+def groups_by(pattern, data, items):
+    """What the first group of a regular expression finds in the path of each image below `data`."""
+    try:
+        expression = re.compile(pattern)
+        found = [expression.search(os.path.relpath(item, data)) for item in items]
+        groups = [match and match[1] for match in found]
+    except (re.error, IndexError, TypeError, ValueError) as error:
+        words = f"must be a regular expression with parentheses round the group, for folders: {error}"
+        raise SystemExit(f"--group-pattern {pattern}: {words}")
+    if not all(groups):
+        first = next(item for item, group in zip(items, groups, strict=True) if not group)
+        raise SystemExit(f"--group-pattern {pattern}: finds nothing in {first}")
+    return groups
+
+
+def check_learnable(data, source):
+    """SystemExit if no class can be learnt and tested; prints those that cannot."""
     pairs = torch.stack([data.labels, data.groups]).unique(dim=1)
-    single = (pairs[0].bincount() == 1).tolist()
-    alone = [name for name, one in zip(data.classes, single, strict=True) if one]
+    lost = pairs[0].bincount(minlength=len(data.classes)) == 1  # of one image or group
     n = len(data.groups.unique())
-    if n < 5:
-        raise SystemExit(f"{name}: {n} images or groups are too few for 5 folds")
-    if len(alone) == len(data.classes):
-        raise SystemExit(f"{name}: each class has one image or group: none can be both learnt and tested")
-    if alone:
-        say(f"{name}: with one image or group each, never right in 5 folds: {', '.join(alone[:20])}")
+    if data.is_test is None and n < 5:
+        raise SystemExit(f"{source}: {n} images or groups are too few for 5 folds, label more")
+    if data.is_test is not None:
+        lost = data.labels[~data.is_test].bincount(minlength=len(data.classes)) == 0
+        both = set(data.groups[data.is_test].tolist()) & set(data.groups[~data.is_test].tolist())
+        if both:
+            raise SystemExit(f"{source}: {len(both)} groups have images to learn from and to test on")
+
+    if lost.all():
+        raise SystemExit(f"{source}: each class has one image or group: none can be both learnt and tested")
+    if lost.any():
+        names = [data.classes[i] for i in lost.nonzero()[:20, 0]]
+        say(f"{source}: never learnt where they are tested, so never right: {', '.join(names)}")
 
 
 def image_paths(folder):
     """Paths of the images below a folder, sorted; SystemExit if there are none. Links are followed, but no
     folder counts twice; what begins with . or @ is no photo (.ipynb_checkpoints, ._IMG.jpg, @eaDir)."""
-    paths, entered, root = [], set(), os.path.realpath(folder)
+    paths, entered, root, hidden = [], set(), os.path.realpath(folder), (".", "@", "__MACOSX")
     for at, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(at)
-        direct = os.path.normpath(os.path.join(root, os.path.relpath(at, folder)))
-        if real in entered or (real != direct and f"{real}/".startswith(f"{root}/")):
-            folders.clear()  # of a link to a folder in here: that is reached directly, too
+        below = os.path.relpath(real, root)
+        by_link = real != os.path.normpath(os.path.join(root, os.path.relpath(at, folder)))
+        reached = not any(part.startswith(hidden) for part in below.split(os.sep))  # without links, too
+        if real in entered or (by_link and reached):
+            folders.clear()
             continue
 
         entered.add(real)
-        folders[:] = [name for name in folders if not name.startswith((".", "@", "__MACOSX"))]
+        folders[:] = [name for name in folders if not name.startswith(hidden)]
         images = [name for name in names if name.lower().endswith(IMAGE_ENDINGS)]
-        paths += [os.path.join(at, name) for name in images if not name.startswith((".", "@"))]
+        paths += [os.path.join(at, name) for name in images if not name.startswith(hidden)]
 
     if not paths:
-        raise SystemExit(f"--data {folder}: no images found")
+        raise SystemExit(f"--data {folder}: {'no images found' if os.path.isdir(folder) else 'is no folder'}")
     return sorted(paths)
 
 
-def folder_rows(data, group_pattern):
-    """(path, class, group, whether for testing) of class folders, or of train/ and val/ or test/ with such.
-    Without that pair one image in five is for testing, by the hash of its path; groups are in 5 folds."""
-    folders = {name.lower(): os.path.join(data, name) for name in os.listdir(data)}
-    learn = next((folders[name] for name in ("train", "training") if name in folders), "")
-    names = ("val", "valid", "validation", "test", "testing")
-    test = next((folders[name] for name in names if learn and name in folders), "")
-    roots = (learn, test) if test else (data,)
-    say(f"--data {data}: " + (f"learns from {learn}, tests on {test}" if test else "has no val/ or test/"))
+TESTS = ("val", "valid", "validation", "test", "testing")
 
-    rows = []
-    for root in roots:
+
+def find_splits(data):
+    """The folders to learn from and to test on: train beside val or test, by any of their names; else ()."""
+    if not os.path.isdir(data):
+        return ()
+    folders = {name.lower(): os.path.join(data, name) for name in os.listdir(data)}
+    learn = [folders[name] for name in ("train", "training") if name in folders]
+    test = [folders[name] for name in TESTS if name in folders]
+    return (learn[0], test[0]) if learn and test else ()
+
+
+def folder_rows(data):
+    """(path, class, "", whether for testing) of class folders, or of train/ and val/ or test/ with such.
+    Without that pair one image in five is for testing, by the hash of its path."""
+    splits, rows = find_splits(data), []
+    words = "has no train/ beside val/ or test/: one image in five is for testing, of groups 5 folds"
+    say(f"--data {data}: " + (f"learns from {splits[0]}, tests on {splits[1]}" if splits else words))
+    for root in splits or (data,):
         paths = image_paths(root)
-        above = root if test else os.path.commonpath([os.path.dirname(path) for path in paths])
+        above = root if splits else os.path.commonpath([os.path.dirname(path) for path in paths])
         for path in paths:
             name = os.path.relpath(path, above)
-            group = re.search(group_pattern, name)
             if os.sep not in name:
-                raise SystemExit(f"--data {data}: no class folder around {path}; or give --labels-csv")
-            if not group:
-                raise SystemExit(f"--group-pattern {group_pattern}: not found in {name}")
+                instead = f"--data {splits[0]}, " if splits and root != splits[0] else ""
+                raise SystemExit(f"--data {data}: no class folder around {path}; give {instead}--labels-csv")
+            is_test = root == splits[1] if splits else zlib.crc32(os.fsencode(name)) % 5 == 0
+            rows.append((path, name.split(os.sep)[0], "", is_test))
 
-            is_test = zlib.crc32(os.fsencode(name)) % 5 == 0
-            if test:
-                is_test = root == test
-            elif group_pattern:
-                is_test = None
-            rows.append((path, name.split(os.sep)[0], group[1] if group_pattern else "", is_test))
+    if {row[1].lower() for row in rows} <= {"train", "training", *TESTS}:
+        raise SystemExit(f"--data {data}: its folders are no classes; images to learn from go to train/")
     return rows
 
 
@@ -220,48 +247,55 @@ COLUMNS = {  # what a csv may call them
 }
 
 
+def csv_cells(lines, delimiter):
+    """[(path, label, group)] of the rows of a csv, and its header in small letters. Its columns are named as
+    in COLUMNS or, where no name is there, path and label."""
+    rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]
+    header = [cell.lower() for cell in rows[0]] if rows else []
+    named = [[header.index(name) for name in names if name in header] for names in COLUMNS.values()]
+    places = [found[0] if found else -1 for found in named] if any(named) else [0, 1, -1]
+    cells = [dict(enumerate(row)) for row in (rows[1:] if any(named) else rows)]
+    return [tuple(row.get(place, "") for place in places) for row in cells], header
+
+
 def csv_rows(data, file):
-    """(path, class, group, None) of the labelled rows of a csv file, each image once. Commas, semicolons or
-    tabs part its columns, which are named as in COLUMNS, or are path and label without a header."""
+    """(path, class, group, None) of the labelled rows of a csv file, each image once; SystemExit at one that
+    is missing, or stands there twice with other words. Of commas, semicolons and tabs those part its columns
+    that make the most names of files."""
     try:
         raw = Path(file).read_bytes()
         coding = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
         text = raw.decode(coding, "surrogateescape")  # which keeps names of files that are no UTF-8
-        try:
-            delimiter = csv.Sniffer().sniff(text[:9999], ",;\t").delimiter
-        except csv.Error:
-            delimiter = ","
-        rows = list(csv.reader(io.StringIO(text, newline=None), delimiter=delimiter, skipinitialspace=True))
+        lines = io.StringIO(text, newline=None).readlines()
+        tried = {mark: csv_cells(lines[:100], mark)[0] for mark in ",;\t"}
+        found = {mark: sum(bool(find_file(data, cells[0])) for cells in tried[mark]) for mark in tried}
+        rows, header = csv_cells(lines, max(found, key=found.get))
     except (OSError, UnicodeError, csv.Error) as error:
         raise SystemExit(f"--labels-csv {file}: {error}")
 
-    header = [cell.strip().lower() for cell in rows[0]] if rows else []
-    named = {column: [name for name in names if name in header] for column, names in COLUMNS.items()}
-    place = {column: header.index(names[0]) for column, names in named.items() if names}
-    if place and not {"path", "label"} <= place.keys():
-        raise SystemExit(f"--labels-csv {file}: its header must name path and label; it has {header}")
-
-    found, missing, skipped = {}, [], 0
-    for row in rows[1:] if place else rows:
-        cells = {i: cell.strip() for i, cell in enumerate(row) if cell.strip()}
-        name, label = cells.get(place.get("path", 0)), cells.get(place.get("label", 1))
-        path = find_file(data, name or "")
-        if not name or not label:
-            skipped += 1
-        elif not path:
+    known, missing, labelled = {}, [], [row for row in rows if row[0] and row[1]]
+    for name, *words in labelled:
+        path = find_file(data, name)
+        if not path:
             missing.append(name)
-        elif found.setdefault(path, (path, label, cells.get(place.get("group")), None))[1] != label:
-            raise SystemExit(f"--labels-csv {file}: {name} is {found[path][1]}, and {label}")
+        elif known.setdefault(path, words) != words:
+            raise SystemExit(f"--labels-csv {file}: {name} is {known[path]}, and {words}")
 
-    if re.search("[\udc80-\udcff]", " ".join([*missing, *(row[1] for row in found.values())])):
+    strange = re.search("[\udc80-\udcff]", " ".join([*missing, *(label for label, _ in known.values())]))
+    if strange:
         raise SystemExit(f"--labels-csv {file}: is not in UTF-8; save it as CSV UTF-8")
     if missing:
         words = f"names {len(missing)} missing files, first {os.path.join(data, missing[0])}"
         raise SystemExit(f"--labels-csv {file}: {words}")
-    if not found:
-        raise SystemExit(f"--labels-csv {file}: has no row with a path and a label")
-    say(f"--labels-csv {file}: {skipped} rows without a label are skipped")
-    return list(found.values())
+    if not known:
+        raise SystemExit(f"--labels-csv {file}: no row has a path and a label; its first row is {header}")
+    groups = [bool(group) for _, group in known.values()]
+    if any(groups) and not all(groups):
+        words = f"{groups.count(False)} of {len(groups)} labelled rows have no group; fill or drop the column"
+        raise SystemExit(f"--labels-csv {file}: {words}")
+    if len(rows) > len(labelled):
+        say(f"--labels-csv {file}: {len(rows) - len(labelled)} rows without a label are skipped")
+    return [(path, label, group, None) for path, (label, group) in known.items()]
 
 
 def find_file(data, name):
@@ -278,15 +312,17 @@ def find_file(data, name):
 def torchvision_rows(name):
     """((data set, index), class, "", whether for testing) of a torchvision data set with two parts."""
     kind, parts = getattr(torchvision.datasets, name, None), []
+    reason = "it has no training and test part" if kind else "torchvision has no data set of this name"
     rank, world = processes()
     if rank:
         dist.barrier()  # the first process downloads, then the others read
     for key, names in (("train", (True, False)), ("split", ("train", "test")), ("split", ("train", "val"))):
         try:
-            parts = [kind("data", download=True, **{key: value}) for value in names]
-            break
-        except Exception as error:  # no such name, other keywords, no network
-            reason = error if kind else "torchvision has no data set of this name"
+            parts = parts or [kind("data", download=True, **{key: value}) for value in names]
+        except (TypeError, ValueError):  # other keywords
+            continue
+        except Exception as error:  # no network
+            reason = error
     if not parts:
         raise SystemExit(f"--data {name}: no folder, no download ({reason}). Give a folder, or demo")
     if world > 1 and not rank:
@@ -332,6 +368,16 @@ def stratified_folds(labels, groups, folds, seed):
         fold_of[group] = crowded.argmin()
         held[fold_of[group]] += counts[group]
     return fold_of[groups]
+
+
+def held_out(labels, groups, seed):
+    """(n,) bool: about a tenth of the labels, to choose by: whole groups, never all those of a class."""
+    fold = stratified_folds(labels, groups, 10, seed)
+    sizes = fold.bincount(minlength=10).double()
+    sizes[sizes == 0] = math.inf
+    pairs = torch.stack([labels, groups]).unique(dim=1)
+    only = (pairs[0].bincount() == 1)[labels]  # of a class with one group
+    return (fold == (sizes - len(labels) / 10).abs().argmin()) & ~torch.isin(groups, groups[only])
 
 
 class Pictures(Dataset):
@@ -532,9 +578,12 @@ def load_backbone(path, seed=0, side=0, feature="auto", layers=(-1,), tunes=Fals
         else:
             backbone = from_file(path, side, feature, layers, tunes, drop_path)
     except FileNotFoundError:
-        raise SystemExit(f"--backbone {path}: no such file; train one, for example with python simclr.py")
+        raise SystemExit(
+            f"--backbone {path}: no such file, nor a network of torchvision; python simclr.py trains one"
+        )
     except Exception as error:  # of pickle, a missing key, another shape
-        raise SystemExit(f"--backbone {path}: cannot be loaded ({' '.join(repr(error).split())})"[:300])
+        words = f"cannot be loaded ({' '.join(repr(error).split()):.250})"
+        raise SystemExit(f"--backbone {path}: {words}; python convert.py makes a backbone.pt of other files")
 
     vit = os.path.exists(path.removeprefix("random:")) and hasattr(backbone.net, "blocks")
     useless = {"--feature": feature != "auto" and not vit, "--drop-path": drop_path and not (vit and tunes)}
@@ -547,9 +596,12 @@ def load_backbone(path, seed=0, side=0, feature="auto", layers=(-1,), tunes=Fals
 
 @torch.no_grad()
 def settle_statistics(backbone, items, device):
-    """Give an untrained ResNet's BatchNorms the statistics of up to 1,000 of the images, as they have after
-    the first steps of any training: with mean 0 and variance 1 features are worth 5 to 15 points more."""
-    norms = [layer for layer in backbone.modules() if isinstance(layer, nn.BatchNorm2d) and len(items) > 1]
+    """Give an untrained ResNet's BatchNorms the statistics of up to 1,000 images for learning (in 5 folds: of
+    all), as they have after the first steps of any training: with mean 0 and variance 1, which no training
+    starts from, features are worth 5 to 15 points more. Nothing of ViTs changes."""
+    norms = [layer for layer in backbone.modules() if isinstance(layer, nn.BatchNorm2d)]
+    if not norms or len(items) < 2:
+        return
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the mean over all batches
@@ -557,7 +609,7 @@ def settle_statistics(backbone, items, device):
     some = torch.randperm(len(items), generator=torch.Generator().manual_seed(0))[:1000].tolist()
     pictures = Subset(Pictures(items, backbone.side), some)
     backbone.to(device).train()
-    for _, images, _ in DataLoader(pictures, min(250, len(some)), drop_last=True) if norms else ():
+    for _, images, _ in DataLoader(pictures, min(250, len(some)), drop_last=True):
         backbone(images.to(device))
     for norm in norms:
         norm.momentum = 0.1
@@ -565,8 +617,10 @@ def settle_statistics(backbone, items, device):
 
 def fingerprint(module):
     """A number that changes when any weight or buffer does."""
-    tensors = [t.detach().cpu().contiguous().numpy() for t in module.state_dict().values()]
-    return zlib.crc32(b"".join(t.tobytes() for t in tensors))
+    mark = 0
+    for tensor in module.state_dict().values():
+        mark = zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), mark)
+    return mark
 
 
 @torch.no_grad()
@@ -668,19 +722,21 @@ def logreg(features, labels, groups, classes, seed=0, device="cpu"):
     deviation, mean = (part.to(device) for part in torch.std_mean(features, dim=0))
     x = features.to(device, kept, copy=True).sub_(mean).div_(deviation + 1e-6)
 
-    folds, tries = (10, 1) if len(labels) > 2000 else (5, 5)
-    fold, y = stratified_folds(labels, groups, folds, seed), labels.to(device)
-    penalties = [10.0**i for i in range(1, -6, -1)]
+    y, fold = labels.to(device), stratified_folds(labels, groups, 5, seed)
+    tests = [fold == i for i in range(5)] if len(labels) <= 2000 else [held_out(labels, groups, seed)]
+    penalties = [10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5]
     score = dict.fromkeys(penalties, 0)
-    for held in range(tries):
-        train, test = (fold != held).nonzero()[:, 0], (fold == held).nonzero()[:, 0].to(device)
-        head = None
-        for penalty in (
-            penalties if len(train) and len(test) else ()
-        ):  # from strong to weak, each from the last
-            head = fit_logreg(x, y, penalty, classes, train, head, max_iter=50)
+    for held in tests:
+        if held.all() or not held.any():
+            continue
+        head, test = None, held.nonzero()[:, 0].to(device)
+        for penalty in penalties:  # from strong to weak, each starting at the last
+            head = fit_logreg(x, y, penalty, classes, (~held).nonzero()[:, 0], head, max_iter=50)
             score[penalty] += held_out_score(x[test].double() @ head[0] + head[1], y[test])
 
+    if not any(score.values()):
+        say("all labels are of one group: none can be kept out to choose the penalty by, 0.01 is taken")
+        score[0.01] = 1
     best = max(penalties, key=score.get)
     weight, bias = fit_logreg(x, y, best, classes)
     weight = weight / (deviation + 1e-6)[:, None]
@@ -700,7 +756,7 @@ def linear_probe(features, labels, groups, classes, args, seed=0, augmented=None
     of the labels, in whole groups, picks the rate and is not trained on; with one rate all are. features
     (n, D); augmented(key=(seed, epoch)) replaces them in training; probe_norm ends as part of the layer."""
     rates = args.rates or [10.0**power * digit for power in range(-3, 2) for digit in (1, 3)]
-    held = (stratified_folds(labels, groups, 10, seed) == 0) & (labels.bincount()[labels] > 1)
+    held = held_out(labels, groups, seed)
     if len(rates) > 1 and (held.all() or not held.any()):
         rates = [sorted(rates)[len(rates) // 2]]
         say(f"--rates: too few labels to hold any out; the middle one, {rates[0]:g}, is taken")
@@ -713,12 +769,12 @@ def linear_probe(features, labels, groups, classes, args, seed=0, augmented=None
     if args.probe_norm:  # momentum None: statistics of all batches, not of the last ten
         norm = nn.BatchNorm1d(features.shape[1], eps=1e-6, momentum=None, affine=False).to(device)
     heads = nn.ModuleList(nn.Linear(features.shape[1], classes) for _ in rates).to(device)
-    groups = []
+    options = []
     for head, rate in zip(heads, rates, strict=True):
         scale = {"lr_scale": rate * len(train) / steps / 256}
-        groups.append({"params": nn.init.zeros_(head.weight), "weight_decay": args.weight_decay} | scale)
-        groups.append({"params": nn.init.zeros_(head.bias), "weight_decay": 0.0} | scale)
-    optimizer, generator = make_optimizer(args.solver, groups), torch.Generator().manual_seed(seed)
+        options.append({"params": nn.init.zeros_(head.weight), "weight_decay": args.weight_decay} | scale)
+        options.append({"params": nn.init.zeros_(head.bias), "weight_decay": 0.0} | scale)
+    optimizer, generator = make_optimizer(args.solver, options), torch.Generator().manual_seed(seed)
 
     for epoch in tqdm(range(epochs), desc="linear", leave=False, disable=processes()[0] > 0):
         rows = augmented(key=(seed, epoch)) if augmented else features
@@ -737,6 +793,8 @@ def linear_probe(features, labels, groups, classes, args, seed=0, augmented=None
     fitted = [as_layer(head.cpu(), norm.cpu()) for head in heads]
     scores = [held_out_score(features[held] @ weight + bias, labels[held]) for weight, bias in fitted]
     best = scores.index(max(scores))
+    if not fitted[best][0].isfinite().all():
+        raise SystemExit("--mode linear: weights are not finite; lower --rates")
     return *fitted[best], {"rate": rates[best]}
 
 
@@ -773,7 +831,9 @@ def layer_groups(model, weight_decay, layer_decay):
     biases, norms, tokens and positions."""
     plain = ("*cls_token", "*reg_token", "*pos_embed")
     groups = param_groups_layer_decay(model, weight_decay, plain, layer_decay=layer_decay)
-    if layer_decay != 1 and len({group["lr_scale"] for group in groups}) < 3:
+    first, scales = next(model.parameters()), [group["lr_scale"] for group in groups]
+    lowest = groups[scales.index(min(scales))]["params"]
+    if layer_decay != 1 and (len(set(scales)) < 3 or not any(p is first for p in lowest)):
         raise SystemExit(f"--layer-decay {layer_decay}: finds no layers in this network; leave it at 1.0")
     return groups
 
@@ -828,6 +888,8 @@ def finetune(backbone, train, labels, classes, args, device, amp=None, seed=0):
             scaler.step(optimizer)
             scaler.update()
             step += 1
+        if not loss.isfinite():
+            raise SystemExit(f"--mode finetune: the loss is {loss:g} in epoch {epoch + 1}; lower --base-lr")
 
     for buffer in model.buffers() if world > 1 else ():  # each process has its own statistics of BatchNorm
         dist.broadcast(buffer, 0)
@@ -835,6 +897,13 @@ def finetune(backbone, train, labels, classes, args, device, amp=None, seed=0):
 
 
 # --- Evaluation ---------------------------------------------------------------------------------------------
+ONLY_IN = {  # flags that one mode alone reads
+    "finetune": "base_lr layer_decay drop_path label_smoothing mixup cutmix rand_augment",
+    "linear": "rates probe_norm augment",
+    "predict": "head",
+}
+
+
 def splits(data, args, seed):
     """(train, test) indices of repetition `seed`: the test split, or each of 5 folds of the groups; of the
     training images only --labels, stratified."""
@@ -845,45 +914,52 @@ def splits(data, args, seed):
         train, test = (fold != held).nonzero()[:, 0], (fold == held).nonzero()[:, 0]
         fewest, count = len(data.labels[train].unique()), args.labels or len(train)
         if not len(test):
-            raise SystemExit(f"--data {args.data}: has no test images")
+            raise SystemExit(f"--data {args.data}: has no test images; give more, val/, or --labels-csv")
         if not fewest <= count <= len(train):
             raise SystemExit(f"--labels {count}: must be {fewest}, one of each class, to all {len(train)}")
         yield train[stratified_subset(data.labels[train], count, seed)], test
 
 
-def result_path(args, name):
-    """Where a result goes: beside the backbone, or to --out. What it is of is in its name, so that results of
-    other data are not written over. SystemExit if that folder cannot be written to."""
-    file, name = Path(args.backbone.removeprefix("random:")), Path(name)
-    folder = Path(args.out or (file.parent if file.is_file() else f"runs/{plain(args.backbone)}"))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise SystemExit(f"--out {folder}: cannot be written to ({error.strerror})")
-
-    start = "random-" if args.backbone.startswith("random:") else ""
-    start += f"{plain(file.with_suffix(''))}-" if args.out else ""
-    words = [name.stem, args.data, args.labels_csv.removesuffix(".csv"), args.group_pattern]
-    return folder / f"{start}{'-'.join(plain(word) for word in words if word)}{name.suffix}"
-
-
 def plain(words):
     """As a part of a file's name: the end of it, without slashes and the like."""
-    return re.sub(r"\W+", "-", str(words)).strip("-")[-80:]
+    return re.sub(r"\W+", "-", os.path.normpath(words)).strip("-")[-40:] or "here"
 
 
-def save_result(args, name, content):
-    """Write text, or tensors to .pt, in process 0, under a temporary name until it is whole; its path."""
+def result_path(args, name):
+    """Where a result goes: beside the backbone, or to --out. What it is of is in its name, so that results of
+    other data, or of a backbone beside, are not written over."""
+    file, name = Path(args.backbone.removeprefix("random:")), Path(name)
+    folder = Path(args.out or (file.parent if file.is_file() else f"runs/{plain(args.backbone)}"))
+    words = [name.stem, args.data, args.labels_csv.removesuffix(".csv"), args.group_pattern]
+    if args.out or (file.is_file() and file.stem != "backbone"):
+        words = [str(file.with_suffix("")) if args.out else file.stem, *words]
+    if args.backbone.startswith("random:"):
+        words = ["random", *words]
+    return folder / f"{'-'.join(plain(word) for word in words if word)}{name.suffix}"
+
+
+def save_result(args, name, content=""):
+    """Write text, or tensors to .pt, in process 0, under a temporary name until it is whole; its path.
+    SystemExit if it cannot be written; without content that is all it finds out."""
     path = result_path(args, name)
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     if processes()[0]:
         return path
-    if path.suffix == ".pt":
-        torch.save(content, temporary)
-    else:
-        Path(temporary).write_text(content, encoding="utf-8", errors="surrogateescape", newline="")
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content and path.suffix == ".pt":
+            torch.save(content, temporary)
+        else:
+            temporary.write_text(content, encoding="utf-8", errors="surrogateescape", newline="")
+        if content:
+            os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save hides a full disk behind a RuntimeError
+        reason = error.strerror if isinstance(error, OSError) else error.__context__ or error
+        words = " ".join(str(reason).split())[:200]
+        raise SystemExit(f"{path}: cannot be written ({words}); --out names another folder")
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return path
 
 
@@ -892,11 +968,16 @@ def evaluate(args: Args) -> dict:
     zero = "labels side epochs weight_decay workers seed warmup_epochs drop_path label_smoothing mixup cutmix"
     at_most = dict.fromkeys(("min_scale", "layer_decay", "drop_path", "label_smoothing"), 1)
     at_most["warmup_epochs"] = args.epochs or (30 if args.mode == "finetune" else 100)
-    check_flags(replace(args, layers=(), k=args.k or (0,)), zero.split(), **at_most)
+    check_flags(replace(args, layers=()), zero.split(), **at_most)
+    for mode, names in ONLY_IN.items():
+        for name in names.split() if mode != args.mode else ():
+            if getattr(args, name) != getattr(Args, name):
+                flag = name.replace("_", "-")
+                raise SystemExit(f"--{flag}: is for --mode {mode}, not {args.mode}; leave it out")
+
     rank, world, device, amp = start_processes(args.device, args.amp)
     work = {"predict": predict, "features": export_features}.get(args.mode, measure)
     try:
-        result_path(args, "check")
         results = (follow if args.watch else work)(args, device, amp)
     except (KeyboardInterrupt, OSError) as error:  # a worker's error comes behind its traceback
         raise SystemExit((str(error) or "interrupted").splitlines()[-1])
@@ -909,55 +990,73 @@ def learn_head(args, data, backbone, features, train, seed, device, amp):
     """Weight (D, C) and bias (C,) learnt from the images `train`, and what was chosen. finetune changes the
     backbone, too."""
     labels, groups, classes = data.labels[train], data.groups[train], len(data.classes)
+    if args.mode == "logreg":
+        return logreg(features[train], labels, groups, classes, seed, device)
+
     crop = random_crop(backbone.side, args.min_scale)
-    pictures = Pictures([data.items[i] for i in train], backbone.side, crop, args.min_scale)
+    pictures = Pictures([data.items[i] for i in train.tolist()], backbone.side, crop, args.min_scale)
     if args.mode == "finetune":
-        fitted = finetune(backbone, pictures, labels, classes, args, device, amp, seed)
-    elif args.mode == "logreg":
-        fitted = logreg(features[train], labels, groups, classes, seed, device)
+        return finetune(backbone, pictures, labels, classes, args, device, amp, seed)
+    augmented = None
+    if args.augment:
+        augmented = partial(extract_features, backbone, pictures, args.workers, device, amp)
+    return linear_probe(features[train], labels, groups, classes, args, seed, augmented, device)
+
+
+def readable_features(args, backbone, items, device, amp):
+    """Features (n, D) of images to learn from or to test on; SystemExit if some cannot be read."""
+    features = extract_features(backbone, Pictures(items, backbone.side), args.workers, device, amp)
+    require_readable(~features.isnan().any(dim=1), items)
+    return features
+
+
+def answer(args, data, backbone, features, train, test, seed, device, amp):
+    """{row of the table: scores (M, C) of the images `test`}, what was chosen, weight and bias, after
+    learning from the images `train`."""
+    if args.mode == "knn":
+        known = features[train], data.labels[train], features[test]
+        scores = knn(*known, args.k, len(data.classes), device=device)
+        return {f"k {k}": scores[k] for k in args.k}, {"used": min(max(args.k), len(train))}, None, None
+
+    weight, bias, chosen = learn_head(args, data, backbone, features, train, seed, device, amp)
+    if args.mode == "finetune":
+        items = [data.items[i] for i in test.tolist()]
+        rows = readable_features(args, backbone, items, device, amp)
     else:
-        anew = partial(extract_features, backbone, pictures, args.workers, device, amp)
-        anew = anew if args.augment else None
-        fitted = linear_probe(features[train], labels, groups, classes, args, seed, anew, device)
-    if not fitted[0].isfinite().all():
-        raise SystemExit(f"--mode {args.mode}: weights are not finite; lower --base-lr or --rates")
-    return fitted
+        rows = features[test]
+    return {args.mode: rows @ weight + bias}, chosen, weight, bias
 
 
 def measure(args, device, amp):
     """Modes linear, finetune, knn and logreg: fit and test in each repetition and fold; save a head."""
     data = read_labels(args.data, args.labels_csv, args.group_pattern)
+    learns = torch.arange(len(data.items)) if data.is_test is None else (~data.is_test).nonzero()[:, 0]
     tunes, untrained, results = args.mode == "finetune", args.backbone.startswith("random:"), []
     choice = {"side": args.side, "feature": args.feature, "layers": args.layers, "tunes": tunes}
     load = partial(load_backbone, args.backbone, **choice, drop_path=args.drop_path)
-    embed, features = partial(extract_features, workers=args.workers, device=device, amp=amp), None
     for seed in range(args.seed, args.seed + args.seeds):
         if untrained or not results:
-            backbone = load(seed=seed)
+            backbone, features = load(seed=seed), None
             given = fingerprint(backbone)
-        if not tunes and (untrained or not results):
-            learns = [
-                item for i, item in enumerate(data.items) if data.is_test is None or not data.is_test[i]
-            ]
-            settle_statistics(backbone, learns if untrained else [], device)
-            features = embed(backbone, Pictures(data.items, backbone.side))
-            require_readable(~features.isnan().any(dim=1), data.items)
+            save_result(args, f"eval-{args.mode}.json")  # nothing yet: only that it can be written
+        if features is None and not tunes:
+            if untrained:
+                settle_statistics(backbone, [data.items[i] for i in learns.tolist()], device)
+            features = readable_features(args, backbone, data.items, device, amp)
 
+        folds, tested = [], []
         for train, test in splits(data, args, seed):
-            if args.mode == "knn":
-                known = features[train], data.labels[train]
-                scores = knn(*known, features[test], args.k, len(data.classes), device=device)
-                found = [({"k": k, "used": min(k, len(train))}, scores[k]) for k in scores]
-            else:
-                backbone = load(seed=seed) if tunes else backbone
-                weight, bias, chosen = learn_head(args, data, backbone, features, train, seed, device, amp)
-                tested = Pictures([data.items[i] for i in test], backbone.side)
-                rows = embed(backbone, tested) if tunes else features[test]
-                found = [(chosen, rows @ weight + bias)]
-            for chosen, scores in found:
-                counted = accuracy(scores, data.labels[test])
-                results.append({"choice": chosen, "labels": len(train)} | counted)
+            backbone = load(seed=seed) if tunes else backbone
+            folds.append(answer(args, data, backbone, features, train, test, seed, device, amp))
+            tested.append(test)
+        for row in folds[0][0]:  # folds differ in size: all their images are counted together
+            scores = torch.cat([fold[0][row] for fold in folds])
+            counted = accuracy(scores, data.labels[torch.cat(tested)])
+            chosen = [fold[1] for fold in folds]
+            results.append({"row": row, "choice": chosen, "labels": len(train)} | counted)
 
+    report = tell_results(args, results, backbone.name)
+    _, _, weight, bias = folds[-1]
     if data.is_test is None and args.mode != "knn":  # the folds have measured; all labels make the head
         train = stratified_subset(data.labels, args.labels or len(data.labels), seed)
         backbone = load(seed=seed) if tunes else backbone
@@ -966,38 +1065,35 @@ def measure(args, device, amp):
         head = {"weight": weight, "bias": bias, "classes": data.classes, "choice": choice | {"seed": seed}}
         network = backbone.cpu().net.state_dict() if tunes or untrained else None
         save_result(args, f"head-{args.mode}.pt", head | {"network": network, "given": given})
-    return report(args, results, backbone.name)
+    return report
 
 
-def report(args, results, name):
-    """Print the table and write eval-MODE.json: mean over repetitions and folds, and sample deviation; labels
-    are those that the first fold learnt from, others may have more or fewer."""
-    table, labels = {}, results[0]["labels"]
-    for result in results:
-        row = f"k {result['choice']['k']}" if args.mode == "knn" else args.mode
-        table.setdefault(row, []).append(result)
-    tested = f"{len(results) // len(table)} x {results[0]['n']} test images"
-    say(f"\n{args.backbone} on {args.data}: {labels} labels, {tested}")
+def tell_results(args, results, name):
+    """Print the table and write eval-MODE.json: mean over repetitions, and their sample deviation."""
+    labels, tested = results[0]["labels"], results[0]["n"]
+    out = asdict(args) | {"labels": labels, "n": tested, "network": name, "results": results}
+    say(f"\n{args.backbone} on {args.data}: {labels} labels, {tested} test images, {args.seeds} repetitions")
     say(f"{'':12}{'top-1':>14}{'top-5':>8}{'per class':>11}")
-
-    out = asdict(args) | {"labels": labels, "feature": name, "results": results}
-    for row, found in table.items():
+    for row in dict.fromkeys(result["row"] for result in results):
+        found = [result for result in results if result["row"] == row]
         mean = {key: sum(r[key] for r in found) / len(found) for key in ("top1", "top5", "mean_per_class")}
         deviation = torch.tensor([r["top1"] for r in found]).std().item() if len(found) > 1 else 0.0
         spread = f"{mean['top1']:7.1f} +- {deviation:3.1f}"
         say(f"{row:12}{spread}{mean['top5']:8.1f}{mean['mean_per_class']:11.1f}")
         if "top1" not in out:  # the first k stands for k-NN: no choice on the test images
-            out |= mean | {"top1_std": deviation, "n": sum(r["n"] for r in found) // args.seeds}
+            out |= mean | {"top1_std": deviation}
     save_result(args, f"eval-{args.mode}.json", json.dumps(out, indent=1))
     return out
 
 
 def export_features(args, device, amp):
-    """features.pt: features (n, D), NaN where an image cannot be read, and items: paths below --data, which
-    needs no labels, or indices in a data set, first all for training."""
+    """features.pt: features (n, D), NaN where an image cannot be read, and items: paths of images, which need
+    no labels, or indices in a data set, first all for training."""
     items = image_paths(args.data) if os.path.isdir(args.data) else read_labels(args.data).items
     backbone = load_backbone(args.backbone, args.seed, args.side, args.feature, args.layers)
-    settle_statistics(backbone, items if args.backbone.startswith("random:") else [], device)
+    save_result(args, "features.pt")
+    if args.backbone.startswith("random:"):
+        settle_statistics(backbone, items, device)
     features = extract_features(backbone, Pictures(items, backbone.side), args.workers, device, amp)
     names = [str(item[1]) if isinstance(item, tuple) else str(item) for item in items]
     path = save_result(args, "features.pt", {"features": features, "items": names})
@@ -1024,6 +1120,7 @@ def predict(args, device, amp):
         backbone.net.load_state_dict(head["network"])
 
     items = image_paths(args.data)
+    save_result(args, "predictions.csv")
     features = extract_features(backbone, Pictures(items, backbone.side), args.workers, device, amp)
     probability = torch.softmax(features @ weight + bias, dim=1)
     lines = io.StringIO()

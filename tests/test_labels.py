@@ -92,7 +92,7 @@ def test_rows_without_a_label_are_skipped_and_counted(photos_folder, capsys):
     labelled("\n".join(LINES).replace("e.jpg,cat", "e.jpg,Cat"))
     printed = capsys.readouterr().out
     assert "3 classes: Cat 1, cat 2, fox 3" in printed  # a slip is seen
-    assert "with one image or group each, never right in 5 folds: Cat" in printed
+    assert "never learnt where they are tested, so never right: Cat\n" in printed
 
 
 def test_csv_files_that_are_refused(photos_folder):
@@ -104,10 +104,12 @@ def test_csv_files_that_are_refused(photos_folder):
     refuse("labels.csv: is not in UTF-8; save it as CSV UTF-8", umlaut, encoding="cp1252")
     refuse("labels.csv: is not in UTF-8", "\n".join([*LINES, "Füchsin.jpg,fox"]), encoding="cp1252")
     refuse("names 1 missing files, first photos/z.jpg", "\n".join([*LINES, "z.jpg,cat"]))
-    refuse("labels.csv: has no row with a path and a label", "")
-    refuse("labels.csv: has no row with a path and a label", "path,label\na.jpg,\n")
-    refuse("its header must name path and label; it has .'path', 'animal'.", "path,animal\na.jpg,cat")
-    refuse("./a.jpg is cat, and fox", "\n".join([*LINES, "./a.jpg,fox"]))
+    refuse("labels.csv: no row has a path and a label", "")
+    refuse(
+        "labels.csv: no row has a path and a label; its first row is .'path', 'label'", "path,label\na.jpg,\n"
+    )
+    refuse("no row has a path and a label; its first row is .'path', 'animal'.", "path,animal\na.jpg,cat")
+    refuse("./a.jpg is .'cat', ''., and .'fox'", "\n".join([*LINES, "./a.jpg,fox"]))
     refuse(
         "labels.csv: 3 images or groups are too few for 5 folds", "\n".join(["a.jpg,x", "b.jpg,y", "c.jpg,z"])
     )
@@ -200,14 +202,16 @@ def test_groups_are_whole_in_inner_folds(monkeypatch, fit):
 def test_a_group_column_and_a_group_pattern(photos_folder):
     text = "\n".join(["image,species,Camera", *(f"{line},{i // 2}" for i, line in enumerate(LINES))])
     refused("3 images or groups are too few for 5 folds", labelled, text)
-    text += "\nsub/g.jpg,cat,"
+    twice = "path,label,site\na.jpg,cat,1\nb.jpg,fox,2\na.jpg,cat,3"
+    refused("a.jpg is .'cat', '1'., and .'cat', '3'", labelled, twice)
     names = [f"{i}.jpg,{'xy'[i % 2]},cam{i // 2}" for i in range(12)]
     for i in range(12):
         simclr.demo_image(i)[0].save(photos_folder / f"{i}.jpg")
-    found = labelled("\n".join(["path,label,site", *names, "a.jpg,x,", "b.jpg,y,"]))
+    found = labelled("\n".join(["path,label,site", *names]))
     groups = [group for _, group in found.values()]
-    assert groups[:12] == sorted(groups[:12]) and len(set(groups)) == 8  # images without one are their own
-    assert all(groups[2 * i] == groups[2 * i + 1] for i in range(6))
+    assert len(set(groups)) == 6 and all(groups[2 * i] == groups[2 * i + 1] for i in range(6))
+    merged = "\n".join(["path,label,site", *names, "a.jpg,x,", "b.jpg,y,"])  # as of merged cells
+    refused("2 of 14 labelled rows have no group; fill or drop the column", labelled, merged)
 
     for i in range(24):
         path = photos_folder.parent / "classes" / "xy"[i % 2] / f"cam{i % 6}_{i}.png"
@@ -216,13 +220,24 @@ def test_a_group_column_and_a_group_pattern(photos_folder):
     found = read_labels("classes", group_pattern=r"/(cam\d)_")
     assert found.is_test is None and len(found.groups.unique()) == 6
     assert all(f"cam{group}_" in item for group, item in zip(found.groups.tolist(), found.items, strict=True))
-    refused("--group-pattern site: not found in x/cam0_0.png", read_labels, "classes", "", "site")
+    refused(
+        "--group-pattern .site.: finds nothing in classes/x/cam0_0.png", read_labels, "classes", "", "(site)"
+    )
+    refused("--group-pattern .cam.*: finds nothing in", read_labels, "classes", "", "(cam)?$")
+    for wrong in ("cam", "(", "(cam"):
+        refused(
+            "--group-pattern .* must be a regular expression with paren", read_labels, "classes", "", wrong
+        )
+    refused("must be a regular expression .* for folders", read_labels, "demo", "", "(cam)")
+    labelled("\n".join(["path,label,site", *names]))
+    found = read_labels("photos", "labels.csv", r"/?(\d)")  # of paths in a csv, too; it wins over the column
+    assert len(found.groups.unique()) == 10
     for split in ("train", "val"):
         for i in range(4):
             path = photos_folder.parent / "two" / split / "xy"[i % 2] / f"cam{i}_{split}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             simclr.demo_image(i)[0].save(path)
-    refused("a group has images to learn from and to test on", read_labels, "two", "", r"(cam\d)")
+    refused("two: 4 groups have images to learn from and to test on", read_labels, "two", "", r"(cam\d)")
     assert read_labels("two", "", r"(cam\d_\w+)").is_test.sum() == 4
 
 
@@ -252,7 +267,7 @@ def test_without_a_test_folder(tmp_path, capsys):
     found = read_labels(str(tmp_path / "one"))
     assert found.classes == ["a", "b"] and 3 <= found.is_test.sum() <= 25
     assert torch.equal(read_labels(str(tmp_path / "one")).is_test, found.is_test)
-    assert "has no val/ or test/" in capsys.readouterr().out
+    assert "has no train/ beside val/ or test/" in capsys.readouterr().out
     fill(tmp_path / "rides", *(f"{c}/{i}.png" for c in ("bus", "car", "train") for i in range(20)))
     assert read_labels(str(tmp_path / "rides")).classes == ["bus", "car", "train"]
 
@@ -312,6 +327,14 @@ def test_learning_refuses_unreadable_files(broken, mode):
     refused(r"1 of \d images cannot be read, first photos/b.jpg; mend them", evaluate, args)
 
 
+def test_finetune_refuses_unreadable_test_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path, *(f"{split}/{c}/{i}.png" for split in ("train", "val") for c in "ab" for i in range(4)))
+    (tmp_path / "val/a/0.png").write_text("no image")
+    args = Args("pixels", "finetune", data=".", side=8, workers=0, epochs=1)
+    refused("1 of 8 images cannot be read, first ./val/a/0.png", evaluate, args)
+
+
 def test_results_of_other_data_have_their_own_names(photos_folder, tmp_path):
     labelled("\n".join(LINES))
     os.rename("labels.csv", "first.csv")
@@ -341,11 +364,22 @@ def test_results_of_other_data_have_their_own_names(photos_folder, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_to_is_said_before_the_work(photos_folder, monkeypatch):
-    monkeypatch.setattr(eval_linear, "load_backbone", lambda *a, **k: pytest.fail("this is the work"))
+    monkeypatch.setattr(eval_linear, "extract_features", lambda *a, **k: pytest.fail("this is the work"))
     (photos_folder.parent / "file").touch()
-    args = Args("pixels", "features", data="photos", workers=0)
-    refused("--out file/x: cannot be written to .Not a directory", evaluate, replace(args, out="file/x"))
-    refused("--out /proc/x: cannot be written to", evaluate, replace(args, out="/proc/x"))
+    labelled("\n".join(LINES))
+    for mode in ("features", "knn"):
+        args = Args("pixels", mode, data="photos", labels_csv="labels.csv", workers=0)
+        refused(
+            "file/x.* cannot be written .Not a directory.; --out names", evaluate, replace(args, out="file/x")
+        )
+        refused("/proc/x.* cannot be written", evaluate, replace(args, out="/proc/x"))
+        refused("cannot be written .File name too long", evaluate, replace(args, out="x" * 300))
+    refused(
+        "--backbone pixel: no such file, nor a network of torchvision",
+        evaluate,
+        replace(args, backbone="pixel"),
+    )
+    assert not (photos_folder.parent / "runs").exists()  # nothing is left of it
 
 
 def test_a_kill_while_writing_leaves_the_old_file(broken, monkeypatch):
@@ -360,3 +394,119 @@ def test_a_kill_while_writing_leaves_the_old_file(broken, monkeypatch):
     monkeypatch.setattr(os, "replace", killed)
     refused("interrupted", evaluate, args)
     assert open("runs/pixels/predictions-photos.csv").read() == before
+
+
+def test_a_full_disk_while_writing(broken, monkeypatch):
+    """torch.save hides it behind a RuntimeError; one line, and no temporary file is left."""
+    base = Args("pixels", "features", data="photos", side=8, workers=0)
+
+    def full(content, path):
+        path.write_text("half of it")
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    refused("features-photos.pt: cannot be written .*No space left on device", evaluate, base)
+    assert not list(broken.parent.rglob("*.tmp"))
+
+
+def test_folds_of_unequal_size_are_counted_together(tmp_path, monkeypatch):
+    """Four folds of 2 images that are right and one of 16 that is wrong: 8 of 24, not 80 %."""
+    data = eval_linear.Labelled(
+        tuple(range(24)),
+        torch.arange(24) % 2,
+        ["a", "b"],
+        torch.tensor([0] * 16 + [1, 1, 2, 2, 3, 3, 4, 4]),
+        None,
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(eval_linear, "read_labels", lambda *_: data)
+
+    def answer(args, data, backbone, features, train, test, *_):
+        right = torch.eye(2)[data.labels[test]]
+        return {"knn": right if len(test) == 2 else 1 - right}, {}, None, None
+
+    monkeypatch.setattr(eval_linear, "answer", answer)
+    result = evaluate(Args("pixels", "knn", side=8, workers=0))
+    assert result["n"] == 24 and result["top1"] == pytest.approx(100 * 8 / 24)
+
+
+def test_what_is_held_out_is_a_tenth_in_whole_groups():
+    """...and never all groups of a class; one large camera is learnt from, not kept out."""
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.cat([torch.zeros(900), 1 + torch.arange(600) // 20]).long()
+    labels = torch.randint(0, 3, (1500,), generator=generator)
+    held = eval_linear.held_out(labels, groups, 0)
+    assert 20 <= held.sum() <= 300 and not held[:900].any()
+    for group in groups.unique():
+        assert held[groups == group].all() or not held[groups == group].any()
+    for seed in range(20):
+        labels[900:920] = 3  # a class of one camera
+        assert not eval_linear.held_out(labels, groups, seed)[labels == 3].any()
+    alone = eval_linear.held_out(torch.arange(1000) % 10, torch.arange(1000), 0)
+    assert alone.sum() == 100 and ((torch.arange(1000) % 10)[alone].bincount() == 10).all()
+    assert not eval_linear.held_out(torch.arange(10) % 2, torch.zeros(10).long(), 0).any()
+
+
+def test_classes_of_the_test_images_alone_are_said(tmp_path, capsys):
+    fill(tmp_path, *(f"train/{c}/{i}.png" for c in ("cat", "dog") for i in range(3)))
+    fill(tmp_path, "val/Cat/0.png", "val/dog/0.png")
+    read_labels(str(tmp_path))
+    assert "never learnt where they are tested, so never right: Cat\n" in capsys.readouterr().out
+
+
+def test_folders_that_are_no_classes(tmp_path):
+    fill(tmp_path / "a", "val/x/0.png", "test/x/1.png")
+    refused("its folders are no classes; images to learn from go to train/", read_labels, str(tmp_path / "a"))
+    fill(tmp_path / "b", "train/x/0.png", "train/y/0.png", "test/1.png")
+    refused(
+        "no class folder around .*/test/1.png; give --data .*/b/train, --labels-csv",
+        read_labels,
+        str(tmp_path / "b"),
+    )
+    fill(tmp_path / "c", ".store/cat/0.png", "dog/0.png", "elk/0.png")
+    os.symlink(".store/cat", tmp_path / "c/cat")  # of a hidden folder, that is not reached otherwise
+    assert read_labels(str(tmp_path / "c")).classes == ["cat", "dog", "elk"]
+    refused("--data .*/nowhere: is no folder", eval_linear.image_paths, str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_the_delimiter_is_the_one_that_finds_files(photos_folder, mark):
+    """Labels may hold the others, quoted or not, in each row."""
+    for other in ",;\t".replace(mark, ""):
+        rows = [
+            f"{name}.jpg{mark}{'red' if name in 'ace' else 'old'} fox{other} near{other} far"
+            for name in "abcdef"
+        ]
+        expected = {
+            f"{name}.jpg": f"{'red' if name in 'ace' else 'old'} fox{other} near{other} far"
+            for name in "abcdef"
+        }
+        assert classes_of(labelled("\n".join(rows))) == expected
+        assert classes_of(labelled("\n".join([f"path{mark}label", *rows]))) == expected
+
+
+def test_flags_of_other_modes_are_refused():
+    for mode, flags in (
+        ("linear", {"base_lr": 0.1}),
+        ("linear", {"mixup": 0.8}),
+        ("logreg", {"rates": (0.1,)}),
+        ("finetune", {"augment": True}),
+        ("knn", {"head": "x.pt"}),
+    ):
+        name = next(iter(flags)).replace("_", "-")
+        refused(
+            f"--{name}: is for --mode .*, not {mode}; leave it out", evaluate, Args("pixels", mode, **flags)
+        )
+
+
+def test_backbones_side_by_side_have_their_own_results(photos_folder):
+    labelled("\n".join(LINES))
+    for name in ("one.pt", "two.pt", "backbone.pt"):
+        torch.save({}, name)
+        args = Args(name, "logreg", data="photos", labels_csv="labels.csv")
+        stem = "" if name == "backbone.pt" else f"{name[:3]}-"
+        assert str(eval_linear.result_path(args, "head-logreg.pt")) == f"{stem}head-logreg-photos-labels.pt"
+        assert str(eval_linear.result_path(replace(args, data="."), "x.csv")) == f"{stem}x-here-labels.csv"
