@@ -858,7 +858,6 @@ def finetune(backbone, train, labels, classes, args, device, amp=None, seed=0):
     optimizer = make_optimizer(args.solver, layer_groups(model, args.weight_decay, args.layer_decay))
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     mix = Mixup(args.mixup, args.cutmix, label_smoothing=0.0, num_classes=classes)
-    train.crop = v2.Compose([train.crop, v2.RandAugment()]) if args.rand_augment else train.crop
     sampler = DistributedSampler(train, world, rank, seed=seed, drop_last=True)
     loader = DataLoader(train, batch_size, sampler=sampler, drop_last=True, num_workers=args.workers)
     if world > 1 and device.type == "cuda":
@@ -994,6 +993,8 @@ def learn_head(args, data, backbone, features, train, seed, device, amp):
         return logreg(features[train], labels, groups, classes, seed, device)
 
     crop = random_crop(backbone.side, args.min_scale)
+    if args.rand_augment:
+        crop = v2.Compose([crop, v2.RandAugment()])
     pictures = Pictures([data.items[i] for i in train.tolist()], backbone.side, crop, args.min_scale)
     if args.mode == "finetune":
         return finetune(backbone, pictures, labels, classes, args, device, amp, seed)
