@@ -953,10 +953,9 @@ def save_result(args, name, content=""):
         if content:
             os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save hides a full disk behind a RuntimeError
-        reason = (
-            error.strerror if isinstance(error, OSError) else error.__context__ or f"{error}; a full disk?"
-        )
-        words = " ".join(str(reason).split())[:200]
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else f"{error}; is the disk full?"
+        words = " ".join(reason.split())[:200]
         raise SystemExit(f"{path}: cannot be written ({words}); --out names another folder")
     finally:
         with contextlib.suppress(OSError):

@@ -27,7 +27,7 @@ LINES |= {
     "moco": 699,
     "moco_v3": 800,
     "dino": 840,
-    "eval_linear": 1259,
+    "eval_linear": 1258,
     "ijepa": 757,
 }
 PACKAGES = {"torch", "torchvision", "timm", "einops", "tyro", "tensorboard", "tqdm"}
