@@ -19,8 +19,8 @@ Baseline:  python eval_linear.py --backbone random:runs/simclr/backbone.pt --mod
 
 labels.csv has lines path,label as spreadsheets write them, with or without a header; a column group (camera,
 video, patient, site) keeps a group in one fold. RESULTS.md has the papers' protocols as commands.
-Unlike some papers: probes start at 0 (most: normal, std 0.01), crops are bicubic (MoCo, DINO, BEiT: linear),
-cosines go by steps (MoCo v3, DINO: by epochs) to 0 (MAE's fine-tuning: 1e-6).
+Unlike some papers: probes start at 0 (most: normal, std 0.01), crops are bicubic (MoCo, DINO, BEiT:
+bilinear), cosines go by steps (MoCo v3, DINO: by epochs) to 0 (MAE's fine-tuning: 1e-6).
 """
 
 import contextlib

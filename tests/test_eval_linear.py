@@ -362,6 +362,19 @@ def test_features_are_timms(vit_file):
         torch.testing.assert_close(mean(images), parts[3], atol=1e-5, rtol=1e-5)
 
 
+def test_positions_of_another_size(vit_file):
+    """Oracle 9: of the stored size they are the file's; constants stay, and [CLS] keeps its own."""
+    file = torch.load(vit_file, weights_only=True)
+    stored = file["state_dict"]["pos_embed"]
+    assert torch.equal(load_backbone(str(vit_file)).net.pos_embed, stored)
+    larger = load_backbone(str(vit_file), side=48).net.pos_embed
+    assert larger.shape == (1, 37, 128) and torch.equal(larger[:, 0], stored[:, 0])
+    file["state_dict"]["pos_embed"] = torch.full_like(stored, 0.3)
+    torch.save(file, vit_file)
+    constant = load_backbone(str(vit_file), side=48).net.pos_embed
+    torch.testing.assert_close(constant, torch.full_like(constant, 0.3))
+
+
 def new_form(file, builder, arch_args, **more):
     """A backbone.pt of the second edition with the weights of a network that this builds."""
     net = eval_linear.build_network(builder, arch_args)

@@ -148,19 +148,19 @@ def noise_videos(videos=30, frames=8, seed=0):
 
 
 def test_groups_are_never_split():
-    """Noise videos: 100 % by k-NN over frames, chance over whole videos."""
-    features, labels, video = noise_videos()
-    data = eval_linear.Labelled(tuple(range(240)), labels, list("abcde"), video, None)
-    top1 = {}
-    for name, groups in (("frames", torch.arange(240)), ("videos", video)):
-        right = []
-        for train, test in eval_linear.splits(data._replace(groups=groups), Args(), 0):
-            if name == "videos":
-                assert not set(video[train].tolist()) & set(video[test].tolist())
-            scores = eval_linear.knn(features[train], labels[train], features[test], (5,), 5)[5]
-            right.append((scores.argmax(dim=1) == labels[test]).float())
-        top1[name] = 100 * torch.cat(right).mean().item()
-    assert top1["frames"] == 100 and top1["videos"] < 40
+    """Noise videos: 100 % by k-NN over frames, chance, 20 %, over whole videos; mean of 5 seeds."""
+    right = {"frames": [], "videos": []}
+    for seed in range(5):
+        features, labels, video = noise_videos(seed=seed)
+        data = eval_linear.Labelled(tuple(range(240)), labels, list("abcde"), video, None)
+        for name, groups in (("frames", torch.arange(240)), ("videos", video)):
+            for train, test in eval_linear.splits(data._replace(groups=groups), Args(), 0):
+                if name == "videos":
+                    assert not set(video[train].tolist()) & set(video[test].tolist())
+                scores = eval_linear.knn(features[train], labels[train], features[test], (5,), 5)[5]
+                right[name] += (scores.argmax(dim=1) == labels[test]).tolist()
+    top1 = {name: 100 * sum(answers) / len(answers) for name, answers in right.items()}
+    assert top1["frames"] == 100 and top1["videos"] == pytest.approx(20, abs=5)
 
 
 def test_folds_of_groups_are_even():
