@@ -5,8 +5,8 @@
 r"""SimCLR: learn features by finding the other view of the same image among all images of the batch.
 
 Paper: Chen et al. 2020, arXiv 2002.05709; a third projector layer is that of v2, arXiv 2006.10029.
-Two random views of B images go through an encoder f, h = f(x), kept, and a projector g, z = g(h), dropped.
-Each of the 2B rows z_i, of length 1, has to find its partner z_p among the 2B - 1 others (Eq. 1):
+Two random views of N images go through an encoder f, h = f(x), kept, and a projector g, z = g(h), dropped.
+Each of the 2N rows z_i, of length 1, has to find its partner z_p among the 2N - 1 others (Eq. 1):
   L = mean over i of  -log exp(z_i.z_p / tau) / sum_{j != i} exp(z_i.z_j / tau)
 The negatives, all other images of all processes, with gradient, are what keeps h from collapsing.
 
@@ -16,11 +16,11 @@ Paper:  torchrun --nproc-per-node 8 simclr.py --data imagenet/ --image-size 224 
             --epochs 100 --batch-size 4096 --optimizer lars --base-lr 0.3 --weight-decay 1e-6 \
             --warmup-epochs 10 --min-scale 0.08 --blur 0.5 --workers 12
 
-Differs from the official TensorFlow code: torchvision's ResNets, PyTorch's initialisation (branches starting
-at zero learn slower on small images); ImageNet's mean and std; antialiased resizing; one order of colours a
-batch, not an image; one blur an image, reflected borders; the loss is the paper's mean, not twice that; an
-epoch, and so the schedule, drops its last incomplete batch. Several processes give the loss and gradient of
-one, but for BatchNorm: synchronised on GPUs (Sec. 2.2), each process's own on CPUs.
+Differs from the official TensorFlow code: torchvision's ResNets and initialisation; ImageNet's mean, std;
+torchvision's crops (mean area .478, there .405 at --min-scale 0.08), antialiased; contrast about the mean
+of the gray image, saturation not in HSV; one order of colours a batch; blur reflects at borders; the paper's
+mean loss, half of the code's, and so half the steps LARS takes on biases and norms; an epoch drops its
+incomplete batch. Processes give loss and gradient of one; BatchNorm is synchronised on GPUs (Sec. 2.2) only.
 """
 
 import contextlib
@@ -29,10 +29,14 @@ import json
 import math
 import os
 import random
+import signal
+import sys
+import threading
 import time
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -56,7 +60,6 @@ class Args:
     jitter_strength: float = 1.0  # s, colour jitter of 0.8s 0.8s 0.8s 0.2s (paper: 1, on CIFAR 0.5)
     min_scale: float = 0.3  # smallest area of a crop as a share of the image (paper: 0.08)
     blur: float = 0.0  # probability of Gaussian blur (paper: 0.5, on CIFAR 0)
-    solarize: float = 0.0  # probability of solarization (paper: none)
     workers: int = 2  # processes that read images, for each training process
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet18"  # encoder (paper: resnet50)
     stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3, stride 1, no max-pool; 10 x the work
@@ -69,18 +72,16 @@ class Args:
     micro_batch_size: int = 0  # images per pass and process, 0: all; same gradient, BatchNorm apart
     optimizer: Literal["sgd", "lars"] = "sgd"  # sgd: Nesterov; momentum 0.9 in both (paper: lars)
     base_lr: float = 0.025  # times batch / 256 is the learning rate (paper: 0.3)
-    lr_scaling: Literal["linear", "sqrt"] = "linear"  # sqrt: times sqrt(batch) (paper: --base-lr 0.075)
     weight_decay: float = 1e-4  # strength of weight decay (paper: 1e-6, not on biases and norms)
     warmup_epochs: float = 1.0  # linear from 0 (paper: 10)
     init: str = ""  # backbone.pt that the encoder starts from, of convert.py or an earlier run
     seed: int = 0  # of all random numbers
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is one
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on cuda, off elsewhere
     compile: bool = False  # torch.compile the model
     run_dir: str = ""  # default: runs/METHOD, and a hash of the flags that differ from the defaults
-    restart: bool = False  # begin anew in a run folder that is in use
     log_every: int = 10  # steps
-    checkpoint_every: int = 100  # steps
+    save_minutes: float = 10.0  # between checkpoints, written at a log step, 0: at each; always at the end
 
 
 # --- Augmentation -------------------------------------------------------------------------------------------
@@ -91,19 +92,6 @@ def random_crop(size, min_scale, max_scale=1.0):
     """In the worker: random resized crop and flip of a uint8 image (C, H, W) -> (C, size, size)."""
     crop = v2.RandomResizedCrop(size, (min_scale, max_scale), interpolation=v2.InterpolationMode.BICUBIC)
     return v2.Compose([crop, v2.RandomHorizontalFlip()])
-
-
-def draw_numbers(shape, jitter, blur, solarize, generator, chance=0.8):
-    """Random numbers of augment for `shape` images, (*shape, 7), and its order of colours: factor of
-    brightness, contrast, saturation; turns of hue; gray 0 or 1; sigma of blur, 0: none; solarize 0 or 1.
-    jitter: strength of the first four, applied by chance; blur, solarize: probability, one or one a view."""
-    u, neutral = torch.rand((*shape, 9), generator=generator), torch.tensor([1.0, 1, 1, 0])
-    low, high = (neutral - torch.tensor(jitter)).clamp(min=neutral - 1), neutral + torch.tensor(jitter)
-    factors = torch.where(u[..., 4:5] < chance, torch.lerp(low, high, u[..., :4]), neutral)
-    sigma = torch.where(u[..., 5] < torch.tensor(blur), 0.1 + 1.9 * u[..., 6], 0.0)
-    others = torch.stack([u[..., 7] < 0.2, sigma, u[..., 8] < torch.tensor(solarize)], dim=-1)
-    numbers = torch.cat([factors, others], dim=-1)
-    return numbers, [*torch.randperm(4, generator=generator).tolist(), 4]
 
 
 def shift_hue(images, turns):
@@ -118,34 +106,41 @@ def shift_hue(images, turns):
 
 
 def gaussian_blur(images, sigma, radius):
-    """Blur with a sigma (B, 1, 1, 1) per image, 0: not at all, and a kernel of 2 radius + 1 pixels."""
+    """Blur by sigma (B, 1, 1, 1), 0: not at all; a kernel of 2 radius + 1 pixels, reflected borders."""
     offsets = torch.arange(-radius, radius + 1, device=images.device)
-    kernel = torch.softmax(-0.5 * (offsets / sigma.clamp(min=1e-3)) ** 2, dim=-1).repeat_interleave(3, dim=0)
+    exponents = -0.5 * (offsets / sigma.clamp(min=1e-3)) ** 2
+    kernel = torch.softmax(exponents, dim=-1).repeat_interleave(3, dim=0)
     x = images.flatten(0, 1)[None]  # (1, 3 B, H, W): each channel of each image is a group
     x = F.conv2d(F.pad(x, (radius, radius, 0, 0), mode="reflect"), kernel, groups=len(kernel))
     x = F.conv2d(F.pad(x, (0, 0, radius, radius), mode="reflect"), kernel.mT, groups=len(kernel))
     return x.view_as(images)
 
 
-def augment(images, numbers, order, blur_radius):
-    """On the device: uint8 (B, 3, H, W) -> normalised, each image by its numbers (B, 7) of draw_numbers; with
-    the results of torchvision's adjust_* functions. Uses shift_hue, gaussian_blur."""
-    x = images.float() / 255
-    gray_of = v2.functional.rgb_to_grayscale
-    brightness, contrast, saturation, hue, gray, sigma, solarize = numbers.view(-1, 7, 1, 1, 1).unbind(1)
+def augment(images, u, order, jitter, blur=0.0, blur_radius=0, solarize=0.0, chance=0.8):
+    """On the device: uint8 crops (B, 3, S, S) -> [0, 1], each by its own uniform random numbers u (B, 9): of
+    brightness, contrast, saturation, hue, of whether these apply, gray, blur, its sigma, solarize. jitter:
+    strength of the first four, which apply by `chance`; order: of these, 0 to 3, and gray, 4; blur, solarize:
+    probability, of all or each (B, 1, 1, 1). Colours are as torchvision's. Uses shift_hue, gaussian_blur."""
+    u = u.view(-1, 9, 1, 1, 1)
+    jittered, gray_of = u[:, 4] < chance, v2.functional.rgb_to_grayscale
+
+    def factor(i):
+        low, high = max(0, 1 - jitter[i]), 1 + jitter[i]
+        return torch.where(jittered, low + (high - low) * u[:, i], 1.0)
+
     operations = (
-        lambda x: x * brightness,
-        lambda x: torch.lerp(gray_of(x).mean(dim=(2, 3), keepdim=True), x, contrast),
-        lambda x: torch.lerp(gray_of(x), x, saturation),
-        lambda x: shift_hue(x, hue),
-        lambda x: torch.where(gray > 0, gray_of(x), x),
+        lambda x: x * factor(0),
+        lambda x: torch.lerp(gray_of(x).mean(dim=(2, 3), keepdim=True), x, factor(1)),
+        lambda x: torch.lerp(gray_of(x), x, factor(2)),
+        lambda x: shift_hue(x, jittered * jitter[3] * (2 * u[:, 3] - 1)),
+        lambda x: torch.where(u[:, 5] < 0.2, gray_of(x), x),
     )
+    x = images.float() / 255
     for i in order:
         x = operations[i](x).clamp(0, 1)
     if blur_radius:
-        x = gaussian_blur(x, sigma, blur_radius)
-    x = torch.where((solarize > 0) & (x >= 0.5), 1 - x, x)
-    return torch.stack([(x[:, c] - MEAN[c]) / STD[c] for c in range(3)], dim=1)
+        x = gaussian_blur(x, (0.1 + 1.9 * u[:, 7]) * (u[:, 6] < blur), blur_radius)
+    return torch.where((u[:, 8] < solarize) & (x >= 0.5), 1 - x, x)
 
 
 # --- Model --------------------------------------------------------------------------------------------------
@@ -161,7 +156,7 @@ def resnet(arch, stem):
 
 
 class SimCLR(nn.Module):
-    """Encoder f and projector g: images (B, 3, H, W) -> z (B, proj_dim), or z and h (B, D). Uses resnet."""
+    """Encoder f and projector g: images (B, 3, H, W) -> z (B, proj_dim) and h (B, D). Uses resnet."""
 
     def __init__(self, arch="resnet18", stem="imagenet", proj_dim=128, proj_layers=2):
         super().__init__()
@@ -172,57 +167,19 @@ class SimCLR(nn.Module):
         layers[-2].bias.requires_grad_(False)  # the last BatchNorm of the official code scales only
         self.projector = nn.Sequential(*layers[:-1])
 
-    def forward(self, images, return_features=False):
+    def forward(self, images):
         h = self.backbone(images)
-        return (self.projector(h), h) if return_features else self.projector(h)
+        return self.projector(h), h
 
 
 # --- Loss ---------------------------------------------------------------------------------------------------
-def gather(rows):
-    """Rows (B, ...) of this process -> of all, by rank; with gradient, the sum of what all processes send."""
-    if not dist.is_initialized():
-        return rows
-    parts = [*rows.new_empty(dist.get_world_size(), *rows.shape)]
-    dist.all_gather(parts, rows.detach().contiguous())
-    parts[dist.get_rank()] = rows  # the only part with a way back
-    gathered = torch.cat(parts)
-    if gathered.requires_grad:
-        gathered.register_hook(lambda grad: (total := grad.clone(), dist.all_reduce(total))[0])
-    return gathered
-
-
-def contrastive_logits(z0, z1, temperature):
-    """Cosines / tau of the 2B rows here with all, -inf with itself; column of each positive. Uses gather."""
-    z0, z1 = (F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1) for z in (z0, z1))
-    candidates = torch.cat([gather(z0), gather(z1)])  # all first views, then all second ones
-    logits = torch.cat([z0, z1]) @ candidates.T / temperature  # (2B, 2B x processes)
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    own = torch.arange(len(z0), device=z0.device) + rank * len(z0)
-    own = torch.cat([own, own + len(candidates) // 2])
-    return logits.scatter(1, own[:, None], -torch.inf), own.roll(len(z0))
-
-
 def nt_xent(z0, z1, temperature, negatives=True):
-    """NT-Xent (Eq. 1) of two views (B, D) of any length, mean over the 2B rows of this process; the mean over
-    processes is that of one with the whole batch, and so is its gradient. Uses contrastive_logits, gather."""
-    logits, positive = contrastive_logits(z0, z1, temperature)
-    return F.cross_entropy(logits, positive) if negatives else -logits.gather(1, positive[:, None]).mean()
-
-
-def backward_in_chunks(embed, chunks, loss_of, scaler, params):
-    """Gradients of loss_of(z of all chunks) with the activations of one chunk in memory (arXiv 2101.06983).
-    embed(chunk) -> z, h runs twice: without gradient for the loss, then with the gradient of its z. Without
-    DDP, it averages over processes once, at the end. Returns loss, z, h."""
-    with torch.no_grad():
-        parts = [embed(chunk) for chunk in chunks]
-    z, h = (torch.cat(rows) for rows in zip(*parts, strict=True))
-    loss = loss_of(z.requires_grad_())
-    scaler.scale(loss).backward()
-    for chunk, grad in zip(chunks, z.grad.split([len(part[0]) for part in parts]), strict=True):
-        embed(chunk)[0].backward(grad)
-    for p in params if dist.is_initialized() else ():
-        dist.all_reduce(p.grad.div_(dist.get_world_size()))
-    return loss.detach(), z.detach(), h
+    """NT-Xent (Eq. 1) of both views (N, D) of the whole batch, rows of any length, in float32 or better."""
+    z = torch.cat([z0, z1])
+    z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+    logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)  # (2N, 2N): no row finds itself
+    partner = torch.arange(len(z), device=z.device).roll(len(z0))
+    return F.cross_entropy(logits, partner) if negatives else -logits.gather(1, partner[:, None]).mean()
 
 
 # --- Optimiser ----------------------------------------------------------------------------------------------
@@ -238,13 +195,16 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            inside, outside = (group["lr"], 1.0) if group["lr_inside"] else (1.0, group["lr"])
-            for w, g in ((w, w.grad) for w in group["params"] if w.grad is not None):
+            inside, outside = 1.0, group["lr"]
+            if group["lr_inside"]:
+                inside, outside = outside, inside
+            for w in [w for w in group["params"] if w.grad is not None]:
+                g = w.grad
                 if w.ndim > 1:
                     g = g + group["weight_decay"] * w
                     w_norm, g_norm = w.norm(), g.norm()
                     g = g * torch.where((w_norm > 0) & (g_norm > 0), group["trust"] * w_norm / g_norm, 1.0)
-                if "momentum_buffer" not in self.state[w]:
+                if w not in self.state:
                     self.state[w]["momentum_buffer"] = torch.zeros_like(w)
                 v = self.state[w]["momentum_buffer"]
                 v.mul_(group["momentum"]).add_(g, alpha=inside)
@@ -253,17 +213,314 @@ class LARS(torch.optim.Optimizer):
 
 # --- Monitor ------------------------------------------------------------------------------------------------
 @torch.no_grad()
+def monitor(z, h, temperature, first):
+    """Metrics of z (N, 2, D) and h (N, 2, D') of the whole batch; and what is wrong, {words: the metric that
+    shows it}. first: metrics of the first log step. Uses nt_xent, collapse_metrics."""
+    rows = F.normalize(z.float().transpose(0, 1).flatten(0, 1), dim=1)
+    cosines = (rows @ rows.T).fill_diagonal_(-torch.inf)
+    partner = torch.arange(len(rows), device=z.device).roll(len(z))[:, None]
+    negative = cosines.scatter(1, partner, -torch.inf).amax(dim=1, keepdim=True)  # the nearest
+    accuracy = (cosines.gather(1, partner) > negative).float().mean().item()  # a tie is no success
+    chance = math.log(len(rows) - 1)  # NT-Xent of equal logits
+    gap = chance - nt_xent(z[:, 0], z[:, 1], temperature).item()
+
+    std, spread, rank = collapse_metrics(z.flatten(0, 1)).values()
+    metrics = {"simclr/contrastive_accuracy": accuracy, "simclr/gap": gap}
+    metrics |= {"monitor/projection_std": std, "monitor/projection_spread": spread}
+    metrics |= {"monitor/projection_rank": rank}
+    for name, value in collapse_metrics(h.flatten(0, 1), center=True).items():
+        metrics[f"monitor/{name}"] = value
+
+    problems = {}
+    if spread < 0.01:
+        problems["all z point one way; keep the negatives, lower --base-lr"] = "monitor/projection_spread"
+    if rank < max(0.05 * min(rows.shape), 0.1 * first.get("monitor/projection_rank", 0)):
+        problems["z fills few directions; keep the negatives, lower --base-lr"] = "monitor/projection_rank"
+    if accuracy < 2 / len(rows) and gap < 0.01 * chance:
+        problems["partners are found by chance; lower --base-lr, raise --temperature"] = "simclr/gap"
+    return metrics, problems
+
+
+# --- Training -----------------------------------------------------------------------------------------------
+def train(args: Args) -> dict:
+    """Pretrain in the run folder, from its checkpoint if it has one; returns the last metrics."""
+    check_flags(args, may_be_zero="jitter_strength blur", min_scale=1, blur=1)
+    rank, world, device, amp = start_processes(args.device, args.amp)
+    crop = random_crop(args.image_size, args.min_scale)
+    shortest = args.image_size / (0.75 * args.min_scale) ** 0.5  # even a crop of 3 : 4 is not enlarged
+    data = Images(args, (crop, crop), shortest)
+    micro = images_per_pass(args, len(data.items), world)
+    per_epoch = len(data.items) // args.batch_size
+    total = args.epochs * per_epoch
+    warmup = min(total, round(args.warmup_epochs * per_epoch))
+    peak_lr = args.base_lr * args.batch_size / 256
+
+    torch.manual_seed(args.seed)
+    model = SimCLR(args.arch, args.stem, args.proj_dim, args.proj_layers)
+    if args.init:
+        load_encoder(model.backbone.state_dict(), args.init)
+    model = model.to(device, memory_format=torch.channels_last)  # twice as fast on CPUs
+    if world > 1 and device.type == "cuda":  # a process's statistics would betray both views of its images
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay}]
+    groups += [{"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    if args.optimizer == "lars":
+        optimizer = LARS(groups, peak_lr)
+    else:  # fused, it has no momentum yet if the first float16 step overflows
+        optimizer = torch.optim.SGD(groups, peak_lr, momentum=0.9, nesterov=True, fused=amp != torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}  # all that a checkpoint holds
+    run = open_run(args, "simclr", parts, len(data.items), amp)
+    facts = {"builder": "torchvision.resnet", "arch_args": {"arch": args.arch, "stem": args.stem}}
+    facts["feature_dim"] = model.projector[0].in_features
+    step = run.step
+    alarm_from = max(warmup, min(500, total // 5))
+    if args.compile:
+        model.compile()
+    net = model
+    if world > 1:
+        net = nn.parallel.DistributedDataParallel(model)
+        net.broadcast_buffers = False  # no step uses them; as an argument torch 2.14 warns of it
+
+    keys = data.batches(args.batch_size, step, args.epochs, rank, world)
+    workers = {"num_workers": args.workers, "worker_init_fn": ignore_signals}
+    loader = DataLoader(data, batch_sampler=keys, pin_memory=device.type == "cuda", **workers)
+    jitter = [strength * args.jitter_strength for strength in (0.8, 0.8, 0.8, 0.2)]  # App. A
+    blur_radius = args.image_size // 20 if args.blur else 0  # kernel of a tenth of the side (App. A)
+    mean, std = (torch.tensor(numbers, device=device).view(3, 1, 1) for numbers in (MEAN, STD))
+    if rank == 0:
+        print(f"{args.arch}, {amp}, {world} x {device}, effective learning rate {peak_lr:g}, {total} steps")
+
+    def embed(images):  # (2b, 3, S, S) -> z (b, 2, D), h (b, 2, D')
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            z, h = net(images.contiguous(memory_format=torch.channels_last))
+        z = z.to(torch.promote_types(z.dtype, torch.float32))  # processes add up its gradient
+        return z.unflatten(0, (-1, 2)), h.unflatten(0, (-1, 2))
+
+    with guarded(run, total) as signals:
+        for *crops, _ in loader:
+            lr = cosine_schedule(step, total, warmup, peak_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            views = torch.stack([crop.to(device, non_blocking=True) for crop in crops], dim=1)
+            generator = seeded(3, args.seed, step)  # 1: crops, 2: order of the images, 3: augment
+            u = torch.rand(args.batch_size, 2, 9, generator=generator).chunk(world)[rank]
+            u = u.flatten(0, 1).to(device, non_blocking=True)
+            order = [*torch.randperm(4, generator=generator).tolist(), 4]
+            images = augment(views.flatten(0, 1), u, order, jitter, args.blur, blur_radius)
+            if step == 0 and rank == 0:
+                torchvision.utils.save_image(images[:32], run.folder / "views.png")
+
+            chunks = ((images - mean) / std).split(2 * micro)  # two views of an image
+            cached = len(chunks) > 1  # by --micro-batch-size: z without a graph, then its gradient by chunks
+            with torch.set_grad_enabled(not cached):
+                embedded = [embed(chunk) for chunk in chunks]
+            z, h = (torch.cat(rows) for rows in zip(*embedded, strict=True))
+            z.requires_grad_()
+            every_z = gather(z)  # of all processes; its backward sums over them, and DDP takes the mean
+            loss = nt_xent(every_z[:, 0], every_z[:, 1], args.temperature, args.negatives)
+
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            if cached:  # only z has its gradient so far: embed again, chunk by chunk (arXiv 2101.06983)
+                for i, (chunk, grad) in enumerate(zip(chunks, z.grad.split(micro), strict=True)):
+                    net.require_backward_grad_sync = i == len(chunks) - 1  # DDP sums once a step
+                    embed(chunk)[0].backward(grad)
+
+            step += 1
+            run.bar.update()
+            at_log = step == 1 or step % args.log_every == 0 or step == total
+            scaler.unscale_(optimizer)
+            if at_log or signals:  # only here does a step wait for the device, float16's scaler apart
+                grad_norm = torch.stack([p.grad.norm() for p in trained]).norm()
+                check_finite(step, loss, grad_norm, scaler)
+            scaler.step(optimizer)
+            scaler.update()
+
+            if at_log:
+                metrics = {"train/loss": loss.item(), "train/lr": lr, "train/grad_norm": grad_norm.item()}
+                found, problems = monitor(every_z.detach(), gather(h.detach()), args.temperature, run.first)
+                log_metrics(run, step, metrics | found, problems, alarm_from)
+            if at_log and time.monotonic() >= run.save_at:
+                save_run(run, step, model.backbone.state_dict(), **facts)
+            if signals:
+                break
+
+        save_run(run, step, model.backbone.state_dict(), **facts)
+    return run.recent[-1] if run.recent else {}
+
+
+# --- Plumbing -----------------------------------------------------------------------------------------------
+THINGS = (0x183C7EFFFF7E6666, 0x183C7E3C7EFF1818, 0x3C2CFFFFFF6600, 0x101814161EFF7E3C, 0x81C3FF99FF7E3C18)
+THINGS += (0x3C7EFFFF18181C3C, 0xFCFEFEFCFC7800, 0x1C22221C08180C08, 0x60FC67EFE7C1018, 0x185A3C185ADB7E18)
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+NOT_TRAINING = ("workers", "device", "compile", "run_dir", "log_every", "save_minutes")
+
+
+def demo_image(index):
+    """Photo `index` of a small world, 48 x 48, and its class: one of ten THINGS, from a house to a flower."""
+    rng = random.Random(index)
+    label, scale, light = rng.randrange(10), rng.uniform(0.35, 0.9), rng.uniform(0.35, 1.0)
+    thing = Image.frombytes("1", (8, 8), THINGS[label].to_bytes(8, "big")).convert("L")
+    thing = thing.resize((round(48 * scale),) * 2, Image.BICUBIC)
+    thing = thing.rotate(rng.uniform(-25, 25), Image.BICUBIC, expand=True)
+    corner = tuple(rng.randint(*sorted((0, 48 - side))) for side in thing.size)
+    image = Image.new("RGB", (48, 48), (180, 205, 235))
+    image.paste(((140, 70, 50), (50, 105, 60), (95, 75, 150))[label % 3], corner, thing)
+    image = Image.blend(Image.new("RGB", (48, 48)), image, light)
+    noise = Image.frombytes("L", (48, 48), rng.randbytes(48 * 48)).convert("RGB")
+    return Image.blend(image, noise, 0.25), label
+
+
+def read_image(path, shortest):
+    """Any photo as upright 8-bit RGB; a large JPEG is decoded smaller, no side below `shortest` pixels."""
+    Image.MAX_IMAGE_PIXELS = None  # phones make 200 megapixels
+    with open(path, "rb") as file:  # by its path a raw TIFF would be mapped into memory, and turned wrongly
+        image = Image.open(file)
+        image.draft(None, (math.ceil(shortest),) * 2)
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda value: value / 257)  # 16 bits, which convert() would clip
+    return image.convert("RGB")
+
+
+def seeded(*integers):
+    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step), seed, number; no strings, whose hash
+    differs between processes. So workers, processes and a resume change nothing."""
+    return torch.Generator().manual_seed(hash(integers) % 2**63)
+
+
+def ignore_signals(worker):
+    """In a worker: the training process gets them too, and ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class Images(Dataset):
+    """Images of --data; item epoch x n + index is (*views, index), random by that key alone: what functions
+    `views` make of a uint8 image (3, H, W), read with at least `shortest` pixels a side."""
+
+    def __init__(self, args, views, shortest):
+        self.args, self.views, self.shortest = args, views, shortest
+        if args.data == "demo":
+            self.items = [demo_image(index) for index in range(4096)]
+        elif os.path.isdir(args.data):
+            train = os.path.join(args.data, "train")
+            walk = os.walk(train if os.path.isdir(train) else args.data, followlinks=True)
+            files = sorted(os.path.join(at, name) for at, _, names in walk for name in names)
+            self.items = [file for file in files if file.lower().endswith(IMAGE_ENDINGS)]
+        else:
+            others = dist.is_initialized() and dist.get_rank() > 0
+            if others:
+                dist.barrier()  # process 0 downloads, then the others read
+            try:
+                self.items = getattr(torchvision.datasets, args.data)("data", download=True)
+            except Exception as error:  # no such name, no network
+                sys.exit(f"--data {args.data}: no folder, no download ({error}). Give a folder, or demo")
+            if dist.is_initialized() and not others:
+                dist.barrier()
+
+    def __getitem__(self, key):
+        for number in range(key, key + 100):
+            item = index = number % len(self.items)
+            try:
+                item = self.items[index]
+                image = read_image(item, self.shortest) if isinstance(item, str) else item[0].convert("RGB")
+                torch.default_generator.manual_seed(seeded(1, self.args.seed, key).initial_seed())
+                pixels = v2.functional.pil_to_tensor(image)  # resizes 3 x as fast as PIL, alike to 2 of 255
+                return *(view(pixels) for view in self.views), index
+            except Exception as error:  # whatever a decoder raises
+                warnings.warn(f"{item} cannot be read, the next one takes its place: {error}", stacklevel=2)
+        raise OSError(f"--data: 100 files in a row cannot be read, the last is {item}")
+
+    def batches(self, batch_size, step, epochs, rank, world):
+        """Keys of this process's slice of each global batch from `step` on; an epoch drops its rest."""
+        n, per_epoch = len(self.items), len(self.items) // batch_size
+        for epoch in range(step // per_epoch, epochs):
+            keys = epoch * n + torch.randperm(n, generator=seeded(2, self.args.seed, epoch))
+            for batch in keys.split(batch_size)[step % per_epoch : per_epoch]:
+                yield batch.chunk(world)[rank].tolist()
+            step = 0
+
+
+def check_flags(args, may_be_zero, **at_most):
+    """SystemExit unless all numbers are above 0, or 0 if named in may_be_zero, and at most at_most[name]."""
+    may_be_zero += " epochs micro_batch_size weight_decay warmup_epochs workers seed save_minutes"
+    for name, value in asdict(args).items():
+        for number in value if isinstance(value, tuple) else [value]:
+            least, most = 0 if name in may_be_zero.split() else 1e-12, at_most.get(name, 2**63 - 1)
+            if type(number) in (int, float) and not least <= number <= most:
+                allowed = f"{'above' if least else 'at least'} 0 and at most {most}"
+                sys.exit(f"--{name.replace('_', '-')} {value}: must be {allowed}")
+
+
+def images_per_pass(args, images, world):
+    """By --micro-batch-size; SystemExit unless processes share the batch, and passes a process's, evenly."""
+    if not 2 <= args.batch_size <= images or args.batch_size % world:
+        allowed = f"give a multiple of {world}, from 2 to {images}, the images in {args.data}"
+        sys.exit(f"--batch-size {args.batch_size}: {allowed}")
+    share = args.batch_size // world
+    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    micro = getattr(args, "micro_batch_size", 0) or share
+    if micro not in sizes:
+        sys.exit(f"--micro-batch-size {micro}: give what divides the {share} of a process: {sizes}")
+    return micro
+
+
+def start_processes(device, amp):
+    """From torchrun's environment: rank, number of processes, device, autocast type (None: float32)."""
+    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if world > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        sys.exit(f"WORLD_SIZE is {world}, without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: use torchrun")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            sys.exit(f"--device cuda: no GPU for process {local} of this machine; use --device cpu")
+        torch.cuda.set_device(local)
+    if world > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+
+    if amp == "auto" and device == "cuda":
+        amp = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+    return rank, max(world, 1), torch.device(device, local if device == "cuda" else 0), dtype
+
+
+def gather(rows):
+    """Rows (B, ...) of this process -> of all, by rank; with gradient, the sum of what all processes send."""
+    if not dist.is_initialized():
+        return rows
+    parts = [*rows.new_empty(dist.get_world_size(), *rows.shape)]
+    dist.all_gather(parts, rows.detach().contiguous())
+    parts[dist.get_rank()] = rows  # the only part with a way back
+    gathered = torch.cat(parts)
+    if gathered.requires_grad:
+        gathered.register_hook(lambda grad: (total := grad.clone(), dist.all_reduce(total))[0])
+    return gathered
+
+
+def cosine_schedule(step, total, warmup, base, final=0.0):
+    """From 0 in a straight line to base at step `warmup`, then in half a cosine to final at step `total`."""
+    if step < warmup:
+        return base * step / warmup
+    return final + (base - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+@torch.no_grad()
 def collapse_metrics(features, center=False):
-    """How much room features (B, D) take, of all processes together (all must call it). Uses gather.
-    feature_std: sqrt(D) x mean std of rows of length 1; 1 isotropic, 0 all alike. spread: 1 - |mean row|^2.
-    effective_rank: RankMe (arXiv 2210.02885), directions in use of min(rows, D); center departs, for h."""
-    z = gather(features.detach().float())
-    z = (z.cpu() if z.is_mps else z).double()
+    """How much room the first 2,048 rows of features (B, D) take. feature_std: sqrt(D) x mean std of rows of
+    length 1; 1 isotropic, 0 all alike. spread: 1 - |mean row|^2. effective_rank: RankMe (arXiv 2210.02885),
+    directions in use of min(rows, D); center departs, for h."""
+    z = features[:2048].double()
     unit = F.normalize(z, dim=1)
-    std, spread = (
-        z.shape[1] ** 0.5 * unit.std(dim=0, correction=min(1, len(unit) - 1)).mean(),
-        1 - unit.mean(dim=0).square().sum(),
-    )
+    std = z.shape[1] ** 0.5 * unit.std(dim=0, correction=min(1, len(unit) - 1)).mean()
+    spread = 1 - unit.mean(dim=0).square().sum()
+
     centered = z - z.mean(dim=0) if center else z
     rank = torch.ones(())  # of nearly constant rows, whose rounding noise would have a high one
     if centered.norm() > 1e-3 * z.norm():
@@ -274,405 +531,166 @@ def collapse_metrics(features, center=False):
     return {"feature_std": std.item(), "spread": spread.item(), "effective_rank": rank.item()}
 
 
-def contrastive_metrics(logits, positive):
-    """Share of rows whose positive is STRICTLY above all negatives (a tie is no success), and how far their
-    cross-entropy is below that of equal logits, ln(candidates)."""
-    best_negative = logits.scatter(1, positive[:, None], -torch.inf).amax(dim=1)
-    accuracy = (logits.gather(1, positive[:, None])[:, 0] > best_negative).float().mean()
-    return accuracy, logits[0].isfinite().sum().log() - F.cross_entropy(logits, positive)
+def open_run(args, method, parts, images, amp):
+    """The run: its folder and what a checkpoint there holds, which goes into the parts, too. SystemExit if it
+    is a run of other flags, another number of images or autocast type."""
+    flags = asdict(args) | {"data": os.path.normpath(args.data)}  # photos/ is photos
+    flags = {name: value for name, value in flags.items() if name not in NOT_TRAINING}
+    changed = {name: value for name, value in flags.items() if value != getattr(type(args), name)}
+    mark = "-" + hashlib.sha1(json.dumps(changed).encode()).hexdigest()[:8] if changed else ""
+    folder = Path(args.run_dir or f"runs/{method}{mark}")
+    record = json.loads(json.dumps({"method": method} | flags | {"images": images, "autocast": str(amp)}))
+    anew = f"to begin anew delete {folder}, or give another --run-dir"
+    state = {"step": 0, "logged": 0, "recent": [], "first": {}, "streak": 0, "alarm": 0.0, "words": ""}
+    try:
+        held = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else record
+        differ = [name for name in record if held.get(name) != record[name]]
+        if differ:
+            words = ", ".join(f"{name} {held.get(name)}, not {record[name]}" for name in differ)
+            hint = f" and --init {folder}/backbone.pt" * ({*differ} <= {"epochs", "images"})
+            sys.exit(f"{folder} holds a run with {words}: {anew}{hint}")
+        if (folder / "checkpoint.pt").exists():
+            saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            state = {name: saved[name] for name in state}
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+
+        run = SimpleNamespace(folder=folder, args=args, method=method, parts=parts, kept=[*state], **state)
+        run.rank = dist.get_rank() if dist.is_initialized() else 0
+        run.per_epoch = images // args.batch_size
+        if run.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = folder / f"args.json.{os.getpid()}.tmp"
+            temporary.write_text(json.dumps(record | {"torch": torch.__version__}, indent=1))
+            os.replace(temporary, folder / "args.json")
+            with open(folder / "metrics.jsonl", "a") as log:
+                log.truncate(min(log.tell(), run.logged))  # what came after the checkpoint is done again
+            print(f"{images} images in {args.data}. Run folder {folder}, step {run.step}")
+        return run
+    except Exception as error:  # of the disk, or of a damaged file
+        sys.exit(f"{folder}: {' '.join(str(error).split())[:200]}: {anew}")
 
 
-def collapse_alarm(state, step, armed_after, problems):
-    """1.0 from the third log point in a row with a problem, {words: holds}, printed once, to the third
-    without; counts after step armed_after. state: {} at first, kept in the checkpoint."""
-    if step > armed_after:
-        last = state["last"] = [*state.get("last", ()), any(problems.values())][-3:]
-        if last == [True] * 3 and not state.get("rings"):
-            tqdm.write(f"COLLAPSE at step {step}: " + " | ".join(w for w in problems if problems[w]))
-        state["rings"] = last == [True] * 3 or (state.get("rings", False) and last != [False] * 3)
-    return float(state.get("rings", False))
+def load_encoder(encoder, path):
+    """Start the encoder {name: tensor} from a backbone.pt (--init); all of it has to fit."""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in encoder.items()}:
+            raise ValueError("its weights are not those of this encoder")
+    except Exception as error:  # no such file, no backbone.pt
+        sys.exit(f"--init {path}: {' '.join(str(error).split())[:200]}; convert.py makes a backbone.pt")
+    for name, tensor in encoder.items():
+        tensor.copy_(weights[name])
 
 
-# --- Plumbing -----------------------------------------------------------------------------------------------
-WORLD = dict(house=0x183C7EFFFF7E6666, tree=0x183C7E3C7EFF1818, car=0x3C2CFFFFFF6600, boat=0x101814161EFF7E3C)
-WORLD |= dict(cat=0x81C3FF99FF7E3C18, mushroom=0x3C7EFFFF18181C3C, cup=0x00FCFEFEFCFC7800)
-WORLD |= dict(key=0x1C22221C08180C08, bird=0x060FC67EFE7C1018, flower=0x185A3C185ADB7E18)  # 8 x 8 bitmaps
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-NOT_TRAINING = "workers device compile run_dir restart log_every checkpoint_every picture_every".split()
+@contextlib.contextmanager
+def guarded(run, total):
+    """Around the loop. In one process Ctrl-C and SIGTERM go into the list it yields, so that it ends after
+    the step in hand; a second one ends at once. Errors of disk and workers end in one line."""
+    signals, hook = [], threading.excepthook
+
+    def note(number, frame):
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+
+    alone = not dist.is_initialized() and threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM) if alone}
+    threading.excepthook = lambda _: None  # of TensorBoard, where the disk is full: its next call says so
+    run.since, run.last = time.monotonic(), run.step
+    run.save_at = run.since + 60 * run.args.save_minutes
+    try:
+        writer = SummaryWriter(run.folder, purge_step=run.step + 1) if run.rank == 0 else None
+        writer = writer or contextlib.nullcontext()
+        with tqdm(total=total, initial=run.step, disable=run.rank > 0) as run.bar, writer as run.board:
+            yield signals
+    except (KeyboardInterrupt, OSError) as error:
+        words = (str(error) or "interrupted").splitlines()[-1]
+        sys.exit(f"{words}; the same command goes on from the last checkpoint")
+    finally:
+        threading.excepthook = hook
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    if signals:
+        sys.exit(f"stopped after step {run.step}, saved; the same command goes on")
+    if run.rank == 0:
+        print(f"{run.folder}/backbone.pt: {run.words}")
+    if dist.is_initialized():
+        dist.barrier()  # in torch 2.4 gloo may wait for ever in the next line
+        dist.destroy_process_group()
 
 
-def demo_image(index):
-    """Photo `index` of a small built-in world: 48 x 48 RGB, its class 0..9, its caption."""
-    rng = random.Random(index)
-    label, scale, light = rng.randrange(10), rng.uniform(0.35, 0.9), rng.uniform(0.35, 1.0)
-    name, bitmap = list(WORLD.items())[label]
-    thing = Image.frombytes("1", (8, 8), bitmap.to_bytes(8, "big")).convert("L")
-    thing = thing.resize((round(48 * scale),) * 2, Image.BICUBIC)
-    thing = thing.rotate(rng.uniform(-25, 25), Image.BICUBIC, expand=True)
-    x, y = (rng.randint(*sorted((0, 48 - side))) for side in thing.size)
-    image = Image.new("RGB", (48, 48), (180, 205, 235))
-    image.paste(((140, 70, 50), (50, 105, 60), (95, 75, 150))[label % 3], (x, y), thing)
-    image = Image.blend(Image.new("RGB", (48, 48)), image, light)
-    noise = Image.frombytes("L", (48, 48), rng.randbytes(48 * 48)).convert("RGB")
-    size, side = "big" if scale > 0.625 else "small", "left" if x + thing.width / 2 < 24 else "right"
-    caption = f"a {size} {name} on the {side} {'by day' if light > 0.675 else 'at dusk'}"
-    return Image.blend(image, noise, 0.25), label, caption
+def check_finite(step, loss, grad_norm, scaler):
+    """SystemExit if the loss, or the gradient of a step that float16 would not skip, is absurd."""
+    skips = scaler.is_enabled() and scaler.get_scale() > 1
+    if not (loss if skips else loss + grad_norm) < 1e9:
+        remedy = "lower --base-lr; or are the images of a batch all alike, black?"
+        sys.exit(f"step {step}: loss {loss:g}, gradient {grad_norm:g}; {remedy}")
 
 
-def read_image(path, image_size, min_scale):
-    """Any photo as upright 8-bit RGB. A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size if even then the
-    smallest crop (min_scale of the area, aspect 3/4) has image_size pixels a side."""
-    Image.MAX_IMAGE_PIXELS = None  # phones make 200 megapixels
-    with open(path, "rb") as file:  # by its path a raw TIFF would be mapped into memory, and turned wrongly
-        image = Image.open(file)
-        shrink = max(1, min(*image.size, math.sqrt(0.75 * min_scale * math.prod(image.size))) / image_size)
-        image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda value: value / 257)  # 16 bits, which convert() would clip
-    return image.convert("RGB")
+def log_metrics(run, step, metrics, problems, alarm_from):
+    """Metrics {tag: value} to metrics.jsonl, TensorBoard and the bar. The alarm rings from the third time in
+    a row, after step alarm_from, with a problem {words: tag} whose metric is hardly better than ten times
+    ago, to the third without."""
+    before = run.recent[0] if run.recent else metrics
+    better = {tag: metrics[tag] > before[tag] + 0.01 + 0.1 * abs(before[tag]) for tag in problems.values()}
+    lasting = [words for words, tag in problems.items() if not better[tag]]
+    if step > alarm_from:
+        run.streak = max(run.streak, 0) + 1 if lasting else min(run.streak, 0) - 1
+    if run.streak == 3 and not run.alarm and run.rank == 0:
+        tqdm.write(f"COLLAPSE at step {step}: {' | '.join(lasting)}")
+    if abs(run.streak) >= 3:
+        run.alarm = float(run.streak > 0)
+    metrics["monitor/alarm"] = run.alarm
+    now, seen = time.monotonic(), run.args.batch_size * (step - run.last)
+    metrics["perf/images_per_second"] = seen / (now - run.since)
 
-
-class Images(Dataset):
-    """Images of --data, no labels: item epoch x len + index is a list of views, random by that key alone."""
-
-    def __init__(self, data, views, seed, image_size, min_scale, rank):
-        self.views, self.seed, self.reading, ignored = views, seed, (image_size, min_scale), 0
-        if data == "demo":
-            self.items = [demo_image(index) for index in range(4096)]
-        elif os.path.isdir(data):
-            root = os.path.join(data, "train" if os.path.isdir(os.path.join(data, "train")) else "")
-            walk = os.walk(root, followlinks=True)
-            files = sorted(os.path.join(at, name) for at, _, names in walk for name in names)
-            self.items = [file for file in files if file.lower().endswith(IMAGE_ENDINGS)]
-            ignored = len(files) - len(self.items)
-        else:
-            if rank:
-                dist.barrier()  # the first process downloads, then the others read
-            try:
-                self.items = getattr(torchvision.datasets, data)("data", download=True)
-            except Exception as error:  # no such name, no network
-                raise SystemExit(f"--data {data}: no folder, no download ({error}). Give a folder, or demo")
-            if dist.is_initialized() and not rank:
-                dist.barrier()
-        self.found = f"{len(self.items)} images in {data}, {ignored} other files ignored"
-
-    def __getitem__(self, key):
-        for number in range(key, key + 100):
-            item = index = number % len(self.items)
-            try:
-                item = self.items[index]
-                image = read_image(item, *self.reading) if isinstance(item, str) else item[0].convert("RGB")
-                torch.default_generator.manual_seed(hash((self.seed, 1, key)) % 2**32)
-                pixels = v2.functional.pil_to_tensor(image)  # resizes 3 x as fast as PIL, alike to 2 of 255
-                return self.sample(index, pixels)
-            except Exception as error:  # whatever a decoder raises
-                warnings.warn(f"{item} cannot be read, the next one takes its place: {error}", stacklevel=2)
-        raise OSError(f"--data: 100 files in a row cannot be read, the last is {item}")
-
-    def sample(self, index, pixels):
-        return [view(pixels) for view in self.views]
-
-    def batches(self, batch_size, step, epochs, rank, world):
-        """Keys of this process's slice of each global batch from `step` on, dropping an epoch's rest."""
-        n = len(self.items)
-        start, skip = divmod(step, n // batch_size)
-        for epoch in range(start, epochs):
-            shuffle = torch.Generator().manual_seed(hash((self.seed, 2, epoch)) % 2**32)
-            for batch in torch.randperm(n, generator=shuffle).split(batch_size)[skip : n // batch_size]:
-                yield (epoch * n + batch.chunk(world)[rank]).tolist()
-            skip = 0
-
-
-def check_flags(args, may_be_zero, **at_most):
-    """SystemExit unless all numbers are above 0, or 0 if in may_be_zero, and at most at_most[name]."""
-    for name, value in asdict(args).items():
-        least, limit = 0 if name in may_be_zero else 1e-12, 2**63 - 1 if name == "seed" else 1e99
-        most = at_most.get(name, limit)
-        numbers = [x for x in (value if isinstance(value, tuple) else [value]) if type(x) in (int, float)]
-        if not all(least <= number <= most for number in numbers):
-            allowed = ("above 0" if least else "0 or more") + (f", at most {most}" if most < 1e99 else "")
-            raise SystemExit(f"--{name.replace('_', '-')} {value}: must be {allowed}")
-
-
-def start_processes(device, amp):
-    """From torchrun's environment: rank, number of processes, device, autocast type (None: float32)."""
-    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    mps = torch.backends.mps.is_available() and world < 2  # gloo cannot gather its tensors
-    here = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
-    kind = next(kind for kind in here if here[kind]) if device == "auto" else device
-    if not here[kind]:
-        raise SystemExit(f"--device {kind}: PyTorch finds none on this machine; use --device auto")
-    if kind == "cuda":
-        if local >= torch.cuda.device_count():
-            raise SystemExit(f"process {local + 1} of this machine has no GPU; lower --nproc-per-node")
-        torch.cuda.set_device(local)
-    if world > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    auto = "off" if kind != "cuda" else "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[auto if amp == "auto" else amp]
-    return rank, max(world, 1), torch.device(kind, local if kind == "cuda" else 0), dtype
-
-
-def cosine_schedule(step, total, warmup, base, final=0.0):
-    """From 0 in a straight line to base at step `warmup`, then in half a cosine to final at step `total`."""
-    if step < warmup:
-        return base * step / warmup
-    return final + (base - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    run.since, run.last = now, step
+    run.first, run.recent = run.first or metrics, [*run.recent, metrics][-10:]
+    own = [tag for tag in metrics if tag.startswith(("train/loss", run.method, "monitor/effective_rank"))]
+    run.words = ", ".join(f"{tag.split('/')[1]} {metrics[tag]:.4g}" for tag in own[:4])
+    run.bar.set_postfix_str(run.words)
+    if run.rank == 0:
+        for tag, value in metrics.items():
+            run.board.add_scalar(tag, value, step)
+        line = {"step": step, "epoch": (step - 1) // run.per_epoch}
+        line |= {tag: value for tag, value in metrics.items() if math.isfinite(value)}
+        with open(run.folder / "metrics.jsonl", "a") as log:
+            log.write(json.dumps(line) + "\n")
 
 
 def save_checkpoint(path, **state):
     """Write tensors and plain dicts in one step: a kill at any moment leaves the old file or the new one."""
-    with open(f"{path}.tmp", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
-
-
-def load_checkpoint(path, method):
-    """What save_checkpoint wrote, on the CPU; SystemExit if it is damaged or another method's."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # of zip, pickle or the disk
-        state = {}
-    if not isinstance(state, dict) or state.get("method") != method:
-        raise SystemExit(f"{path} is damaged, or not of {method}: use another --run-dir, or --restart")
-    return state
-
-
-def load_encoder(model, prefix, path, rank):
-    """Start the encoder, `prefix` in the model, from a backbone.pt (--init); SystemExit unless all of it
-    matches. What stays as it was, heads and decoders, is printed."""
-    try:
-        file = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"arch_args", "state_dict"} <= file.keys():
-            raise ValueError("is no backbone.pt; convert.py makes one of published weights")
-        state, given = file["state_dict"], file["arch_args"]
-        given = given.get("num_heads", given.get("heads"))
-        fresh, wrong = model.load_state_dict({prefix + k: v for k, v in state.items()}, strict=False)
-    except Exception as error:  # no such file, no backbone.pt, other shapes
-        raise SystemExit(f"--init {path}: {' '.join(str(error).split())[:300]}")
-    heads = tuple(prefix + part for part in ("fc.", "head.", "decoder_", "mask_token", "lm_head.", "proj"))
-    blocks = getattr(model.get_submodule(prefix.rstrip(".")), "blocks", None)
-    if given and blocks and blocks[0].attn.heads != given:  # of the same shape, and another network
-        wrong += [f"{given} heads"]
-    wrong += [name for name in fresh if name.startswith(prefix) and not name.startswith(heads)]
-    if wrong:
-        raise SystemExit(f"--init {path}: {len(wrong)} do not fit this encoder: {', '.join(wrong[:4])}")
-    if rank == 0:
-        new = {name.removeprefix(prefix).split(".")[0] for name in fresh}
-        print(f"--init {path}: new are {', '.join(sorted(new))}")
-
-
-def export_backbone(folder, method, args, dim, weights, **arch_args):
-    """backbone.pt: the encoder in public names and what its use takes. Uses save_checkpoint, MEAN, STD."""
-    weights = {name: tensor.cpu() for name, tensor in weights.items()}
-    if not all(tensor.isfinite().all() for tensor in weights.values()):  # a skipped float16 step
-        raise SystemExit(f"{folder}: a weight is not finite, nothing is saved; lower the rate, or --amp off")
-    info = {"method": method, "arch": args.arch, "arch_args": arch_args, "image_size": args.image_size}
-    save_checkpoint(folder / "backbone.pt", **info, mean=MEAN, std=STD, feature_dim=dim, state_dict=weights)
-
-
-def restore(parts, checkpoint, folder):
-    """Give each of the parts its state in the checkpoint; SystemExit if one does not fit."""
-    for name in (part for part in parts if checkpoint and checkpoint.get(part) != {}):  # {}: no scaler in use
-        try:
-            parts[name].load_state_dict(checkpoint[name])
-        except (RuntimeError, ValueError, KeyError) as error:  # of another version of the file
-            words = f"{folder}/checkpoint.pt does not fit ({' '.join(str(error).split())[:150]})"
-            raise SystemExit(f"{words}: use another --run-dir, or --restart")
-
-
-def name_images(run, data, batch_size, start, stop, why):
-    """Write down the images of the steps after `start` up to `stop`; returns `why` and in which file."""
-    batches = data.batches(batch_size, start, stop, 0, 1)
-    steps = [(step, key % len(data.items)) for step in range(start + 1, stop + 1) for key in next(batches)]
-    items = data.items if isinstance(data.items[0], str) else range(len(data.items))
-    lines = "".join(f"{step}\t{items[index]}\n" for step, index in steps)
-    try:
-        (run / "not-finite.txt").write_text(lines, errors="surrogateescape")
-    except OSError:  # a full disk must not hide the reason
-        return f"step {stop}: {why}"
-    return f"step {stop}: {why}. {run}/not-finite.txt names the images since step {start}"
-
-
-def open_run(args, method, rank):
-    """The run folder and the checkpoint in it, or {}; SystemExit if it holds another run."""
-    flags = {"method": method} | {k: v for k, v in asdict(args).items() if k not in NOT_TRAINING}
-    changed = {k: v for k, v in flags.items() if v != getattr(type(args), k, method)}
-    mark = "-" + hashlib.sha1(json.dumps(changed).encode()).hexdigest()[:8] if changed else ""
-    folder = Path(args.run_dir or f"runs/{method}{mark}")
-    record, path = folder / "args.json", folder / "checkpoint.pt"
-    try:
-        if record.exists() and not args.restart:
-            ours, new = json.loads(json.dumps(flags)), {k: getattr(type(args), k, None) for k in flags}
-            held = json.loads(json.dumps(new)) | json.loads(record.read_text())  # flags newer than the run
-            differ = [k for k in ours if held.get(k) != ours[k]]
-            other = ", ".join(f"--{k.replace('_', '-')} {held.get(k)}" for k in differ)
-            if other:
-                raise SystemExit(f"{folder} holds a run with {other}: use another --run-dir, or --restart")
-        checkpoint = load_checkpoint(path, method) if path.exists() and not args.restart else {}
-        if rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            if args.restart:
-                path.unlink(missing_ok=True)
-            Path(f"{record}.tmp").write_text(json.dumps(flags | asdict(args), indent=1))
-            os.replace(f"{record}.tmp", record)
-            with open(folder / "metrics.jsonl", "a") as log:
-                log.truncate(min(log.tell(), checkpoint.get("logged", 0)))  # what came after is done again
-    except (OSError, ValueError, TypeError) as error:
-        raise SystemExit(f"{record}: {error}; use another --run-dir, or --restart")
-    return folder, checkpoint
-
-
-# --- Training -----------------------------------------------------------------------------------------------
-def train(args: Args) -> dict:
-    """Pretrain in the run folder, from its checkpoint if it has one; returns the metrics of the last step."""
-    may_be_zero = "micro_batch_size workers jitter_strength blur solarize weight_decay warmup_epochs seed"
-    check_flags(args, may_be_zero.split(), min_scale=1, blur=1, solarize=1, warmup_epochs=args.epochs)
-    rank, world, device, amp = start_processes(args.device, args.amp)
-    crop = random_crop(args.image_size, args.min_scale)
-    data = Images(args.data, (crop, crop), args.seed, args.image_size, args.min_scale, rank)
-    if not 2 <= args.batch_size <= len(data.items) or args.batch_size % world:  # one has no negatives
-        allowed = f"give a multiple of {world}, from 2 to {data.found}"
-        raise SystemExit(f"--batch-size {args.batch_size}: {allowed}")
-    per_epoch = len(data.items) // args.batch_size
-    total, warmup = args.epochs * per_epoch, round(args.warmup_epochs * per_epoch)
-    peak_lr = args.base_lr * (args.batch_size / 256 if args.lr_scaling == "linear" else args.batch_size**0.5)
-    torch.manual_seed(args.seed)
-    model = SimCLR(args.arch, args.stem, args.proj_dim, args.proj_layers)
-    if args.init:
-        load_encoder(model, "backbone.", args.init, rank)
-    run, checkpoint = open_run(args, "simclr", rank)
-    model = model.to(device, memory_format=torch.channels_last)  # twice as fast on CPUs
-    if world > 1 and device.type == "cuda":  # a process's own statistics would tell which rows are its own
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay}]
-    groups += [{"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
-    optimizer = LARS(groups, peak_lr)
-    if args.optimizer == "sgd":  # fused leaves its first buffer unset where float16 overflows
-        optimizer = torch.optim.SGD(groups, peak_lr, momentum=0.9, nesterov=True, fused=amp != torch.float16)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    moving = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    step, metrics, alarm = (checkpoint.get(*pair) for pair in (("step", 0), ("metrics", {}), ("alarm", {})))
-    restore(moving, checkpoint, run)
-    if args.compile:
-        model.compile()
-    micro = args.micro_batch_size if args.micro_batch_size < args.batch_size // world else 0
-    net = nn.parallel.DistributedDataParallel(model) if world > 1 and not micro else model
-    keys = data.batches(args.batch_size, step, args.epochs, rank, world)
-    loader = DataLoader(data, batch_sampler=keys, num_workers=args.workers, pin_memory=device.type == "cuda")
-    jitter = [scale * args.jitter_strength for scale in (0.8, 0.8, 0.8, 0.2)]  # App. A
-    blur_radius = args.image_size // 20 if args.blur else 0  # kernel of a tenth of the side (App. A)
-    if rank == 0:
-        board = SummaryWriter(run, purge_step=step + 1)
-        print(f"{data.found}. Run folder {run}, step {step} of {total}")
-        print(f"{args.arch}, {amp or torch.float32}, {world} x {device}, effective learning rate {peak_lr:g}")
-
-    def embed(chunk):  # views (b, 2, C, H, W), numbers (b, 2, 7) -> z (b, 2, D), h (2b, D)
-        views, numbers = chunk
-        images = augment(views.flatten(0, 1), numbers.flatten(0, 1), order, blur_radius)
-        with torch.autocast(device.type, amp, enabled=amp is not None):
-            z, h = net(images.contiguous(memory_format=torch.channels_last), return_features=True)
-        return z.unflatten(0, (-1, 2)), h
-
-    def loss_of(z):
-        return nt_xent(z[:, 0], z[:, 1], args.temperature, args.negatives)
-
-    bar = tqdm(total=total, initial=step, disable=rank > 0)
-    logged, skipped, since, asked, waited = step, 0, time.perf_counter(), time.perf_counter(), 0.0
-    try:
-        for crops in loader:
-            waited += time.perf_counter() - asked
-            for group in optimizer.param_groups:
-                group["lr"] = cosine_schedule(step, total, warmup, peak_lr)
-            views = torch.stack([crop.to(device, non_blocking=True) for crop in crops], dim=1)
-            generator = torch.Generator().manual_seed(hash((args.seed, 3, step)) % 2**32)
-            shape = args.batch_size, 2  # for all processes
-            numbers, order = draw_numbers(shape, jitter, args.blur, args.solarize, generator)
-            numbers = numbers.chunk(world)[rank].to(device, non_blocking=True)
-            if step == 0 and rank == 0:
-                first = augment(views[:8].flatten(0, 1), numbers[:8].flatten(0, 1), order, blur_radius)
-                pixels = first.cpu() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
-                grid = torchvision.utils.make_grid(pixels.clamp(0, 1), nrow=8)
-                torchvision.utils.save_image(grid, run / "views.png")
-                board.add_image("views", grid, step)
-            optimizer.zero_grad()
-            if micro:
-                chunks = list(zip(views.split(micro), numbers.split(micro), strict=True))
-                loss, z, h = backward_in_chunks(embed, chunks, loss_of, scaler, trained)
-            else:
-                z, h = embed((views, numbers))
-                loss = loss_of(z)
-                scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            step += 1
-            logs = step == 1 or step % args.log_every == 0 or step == total
-            saves = step % args.checkpoint_every == 0 or step == total
-            if logs or saves:  # only here does a step wait for the device
-                grad_norm = torch.stack([p.grad.norm() for p in trained]).norm()
-                if not torch.isfinite(loss if scaler.get_scale() > 1 else loss + grad_norm):
-                    why = f"loss {loss:g}, gradient {grad_norm:g}; lower --base-lr"
-                    raise SystemExit(name_images(run, data, args.batch_size, logged, step, why))
-            scale = scaler.get_scale()
-            scaler.step(optimizer)
-            scaler.update()
-            skipped += scaler.get_scale() < scale  # float16 overflowed
-            bar.update()
-            if logs:
-                logits, positive = contrastive_logits(z[:, 0].detach(), z[:, 1].detach(), args.temperature)
-                values = torch.stack([loss.detach(), *contrastive_metrics(logits, positive)])
-                mean, accuracy, gap = gather(values[None]).mean(dim=0).tolist()
-                projection, feature = collapse_metrics(z.flatten(0, 1)), collapse_metrics(h, center=True)
-                candidates, rank_z = logits.shape[1] - 1, projection["effective_rank"]
-                first_rank = alarm.setdefault("first_rank", rank_z)
-                low = rank_z < max(0.05 * min(candidates, args.proj_dim), 0.1 * first_rank)
-                chance = accuracy < 2 / candidates and gap < 0.01 * math.log(candidates)
-                problems = {
-                    "all z point one way; keep the negatives, lower --base-lr": projection["spread"] < 0.01,
-                    f"z fills {rank_z:.1f} directions; keep the negatives, lower --base-lr": low,
-                    "positives are found by chance; lower --base-lr, raise --temperature": chance,
-                }
-                now, armed_after = time.perf_counter(), max(min(500, 0.2 * total), warmup)
-                metrics = {"train/loss": mean, "train/lr": group["lr"], "train/grad_norm": grad_norm.item()}
-                metrics |= {"simclr/contrastive_accuracy": accuracy, "simclr/gap": gap}
-                metrics |= {f"monitor/{k}": v for k, v in feature.items()}
-                metrics |= {f"monitor/projection_{k.split('_')[-1]}": v for k, v in projection.items()}
-                metrics["perf/images_per_second"] = args.batch_size * (step - logged) / (now - since)
-                metrics["perf/data_wait"] = waited / (now - since)
-                metrics["perf/skipped_steps"] = skipped  # since the last log
-                logged, skipped, since, waited = step, 0, now, 0.0
-                if rank == 0:
-                    metrics["monitor/alarm"] = collapse_alarm(alarm, step, armed_after, problems)
-                    for tag, value in metrics.items():
-                        board.add_scalar(tag, value, step)
-                    line = {"step": step, "epoch": (step - 1) // per_epoch}
-                    line |= {tag: value for tag, value in metrics.items() if math.isfinite(value)}
-                    with open(run / "metrics.jsonl", "a") as log:
-                        log.write(json.dumps(line) + "\n")
-                    bar.set_postfix_str(f"loss {mean:.3f} accuracy {accuracy:.3f} rank {rank_z:.0f}")
-            if saves and rank == 0:
-                export_backbone(run, "simclr", args, h.shape[1], model.backbone.state_dict(), stem=args.stem)
-                state = {name: part.state_dict() for name, part in moving.items()}
-                state |= {"method": "simclr", "step": step, "metrics": metrics, "alarm": alarm}
-                save_checkpoint(run / "checkpoint.pt", **state, logged=os.path.getsize(run / "metrics.jsonl"))
-            asked = time.perf_counter()
-    except (KeyboardInterrupt, OSError) as error:  # a worker's error comes behind its traceback
-        reason = (str(error) or "interrupted").splitlines()[-1]
-        raise SystemExit(f"{reason} (step {step}); the same command, without --restart, continues")
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save's words for a full disk
+        raise OSError(f"{path}: cannot be written, is the disk full? ({str(error)[:80]})")
     finally:
-        bar.close()
-        if rank == 0:
-            with contextlib.suppress(OSError):  # a full disk, of which the message speaks
-                board.close()
-    if rank == 0:
-        print(f"{run}/backbone.pt: " + ", ".join(f"{tag} {value:.4g}" for tag, value in metrics.items()))
-    if world > 1:
-        dist.barrier()  # in torch 2.4 gloo may wait for ever in the next line
-        dist.destroy_process_group()
-    return metrics
+        temporary.unlink(missing_ok=True)
+
+
+def save_run(run, step, encoder, **facts):
+    """checkpoint.pt, all that moves, and backbone.pt, the encoder {name: tensor} in public names and what
+    builds it; once a step."""
+    if run.rank > 0 or step == run.step and (run.folder / "checkpoint.pt").exists():
+        return
+    weights = {name: tensor.cpu() for name, tensor in encoder.items()}
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        sys.exit(f"step {step}: a weight is not finite, nothing is saved; lower --base-lr")
+    facts |= {"method": run.method, "arch": run.args.arch, "image_size": run.args.image_size}
+    facts |= {"mean": MEAN, "std": STD, "state_dict": weights}
+    save_checkpoint(run.folder / "backbone.pt", **facts)
+    run.step, run.logged = step, os.path.getsize(run.folder / "metrics.jsonl")
+    state = {name: getattr(run, name) for name in run.kept}
+    state |= {name: part.state_dict() for name, part in run.parts.items()}
+    save_checkpoint(run.folder / "checkpoint.pt", method=run.method, **state)
+    run.save_at = time.monotonic() + 60 * run.args.save_minutes
 
 
 if __name__ == "__main__":

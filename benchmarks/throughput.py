@@ -74,10 +74,12 @@ def simclr_pipeline(side, images, rounds):
     crop, jitter = simclr.random_crop(side, scale), [strength * s for s in (0.8, 0.8, 0.8, 0.2)]
     batch = torch.stack([crop(pil_to_tensor(image)) for image in images])
     generator = torch.Generator().manual_seed(0)
+    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (simclr.MEAN, simclr.STD))
 
     def device_side():
-        numbers, order = simclr.draw_numbers((len(batch),), jitter, blur, 0.0, generator)
-        simclr.augment(batch, numbers, order, side // 20 if blur else 0)
+        u = torch.rand(len(batch), 9, generator=generator)
+        order = [*torch.randperm(4, generator=generator).tolist(), 4]
+        return (simclr.augment(batch, u, order, jitter, blur, side // 20 if blur else 0) - mean) / std
 
     contestants = {
         "ours, worker": lambda: [(crop(pixels), crop(pixels)) for pixels in map(pil_to_tensor, images)],
@@ -117,7 +119,8 @@ def simclr_step(batch_size, rounds):
         model = simclr.SimCLR("resnet18").to(memory_format=torch.channels_last)
 
         def loss_of():
-            z = model(views.flatten(0, 1).contiguous(memory_format=torch.channels_last)).unflatten(0, (-1, 2))
+            z, _ = model(views.flatten(0, 1).contiguous(memory_format=torch.channels_last))
+            z = z.unflatten(0, (-1, 2))
             return simclr.nt_xent(z[:, 0], z[:, 1], 0.1)
 
         return stepper(model.parameters(), loss_of, fused=True)  # as simclr.py does

@@ -10,8 +10,9 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import run_processes
+from conftest import run_processes, tiny_args
 
+import byol
 import eval_linear
 import simclr
 from eval_linear import Args, accuracy, evaluate, fit_logreg, knn, linear_probe, load_backbone, logreg
@@ -38,7 +39,7 @@ def backbone_file(tmp_path):
     net, width = simclr.resnet("resnet18", "imagenet")
     args = simclr.Args(image_size=32)
     (tmp_path / "run").mkdir()
-    simclr.export_backbone(tmp_path / "run", "simclr", args, width, net.state_dict(), stem="imagenet")
+    byol.export_backbone(tmp_path / "run", "simclr", args, width, net.state_dict(), stem="imagenet")
     return tmp_path / "run/backbone.pt"
 
 
@@ -333,7 +334,7 @@ def vit_file(tmp_path):
     options = {"patch_size": 8, "xavier": True, "fixed_positions": True}
     folder = tmp_path / "vit"
     folder.mkdir()
-    simclr.export_backbone(folder, "mae", args, 128, weights, **options)
+    byol.export_backbone(folder, "mae", args, 128, weights, **options)
     return folder / "backbone.pt"
 
 
@@ -443,6 +444,25 @@ def test_new_backbone_files_of_resnets(tmp_path, stem):
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
         torch.testing.assert_close(load_backbone(path)(images), net(images / 127.5 - 1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stem, epochs", [("imagenet", 2), ("cifar", 0)])
+def test_what_training_saved_gives_the_features_of_its_model(folder, tmp_path, stem, epochs):
+    """backbone.pt and the model's own weights in checkpoint.pt, of a run and of --epochs 0."""
+    flags = {"data": str(folder), "stem": stem, "epochs": epochs}
+    simclr.train(tiny_args("simclr", run_dir=str(tmp_path), **flags))
+    model = simclr.SimCLR("resnet18", stem).eval()
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"])
+    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (simclr.MEAN, simclr.STD))
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    backbone = load_backbone(str(tmp_path / "backbone.pt"))
+    assert (backbone.dim, backbone.side) == (512, 32)
+    with torch.no_grad():
+        expected = model((images / 255 - mean) / std)[1]
+        torch.testing.assert_close(backbone(images), expected, atol=1e-5, rtol=1e-5)
+    moved = not torch.equal(model.backbone.bn1.running_mean, start["backbone.bn1.running_mean"])
+    assert moved == (epochs > 0)  # statistics of a training are a part of the features
 
 
 def test_untrained_vits_start_as_in_timm(vit_file, tmp_path):

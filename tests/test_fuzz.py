@@ -13,12 +13,15 @@ import warnings
 
 import pytest
 import torch
-from conftest import TRAINING, tiny_args
+from conftest import FIRST_EDITION, REPRESENTATIVES, SECOND_EDITION, TRAINING, tiny_args
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 every_script = pytest.mark.parametrize("script", TRAINING)
+first_edition = pytest.mark.parametrize("script", FIRST_EDITION)
+second_edition = pytest.mark.parametrize("script", SECOND_EDITION)
+one_of_each_edition = pytest.mark.parametrize("script", sorted(REPRESENTATIVES))
 FEW = settings(max_examples=6, derandomize=True, deadline=None, database=None)
 FEW = settings(FEW, suppress_health_check=list(HealthCheck))
 MANY = settings(FEW, max_examples=150, derandomize=False, print_blob=True)
@@ -89,8 +92,8 @@ def two_steps_or_a_message(script, folder, flags):
     module = importlib.import_module(script)
     read = module.Images.__init__
 
-    def short(self, *arguments):
-        read(self, *arguments)
+    def short(self, *arguments, **options):
+        read(self, *arguments, **options)
         few = 2 * max(args.batch_size, 1)
         self.items = self.items[:: max(1, len(self.items) // few)][:few]  # of all folders
 
@@ -165,16 +168,24 @@ def test_found_in_all_scripts(script, flags, folder):
     two_steps_or_a_message(script, folder, flags)
 
 
-@every_script
+@first_edition
 @pytest.mark.shared
 def test_a_batch_of_one_logs_numbers(script, folder, tmp_path):
-    script = "mae" if script == "simclr" else script  # which has two rows an image
     module = importlib.import_module(script)
     args = tiny_args(script, data=str(folder), epochs=1, batch_size=1, run_dir=str(tmp_path / "run"))
     try:
         metrics = module.train(args)
     except SystemExit:
         raise AssertionError("refused")  # by those that need more
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+@second_edition
+def test_a_batch_of_two_logs_numbers(script, folder, tmp_path):
+    module, flags = importlib.import_module(script), {"data": str(folder), "epochs": 1}
+    with pytest.raises(SystemExit, match="^--batch-size 1: give a multiple of 1, from 2 to 40"):
+        module.train(tiny_args(script, **flags, batch_size=1, run_dir=str(tmp_path / "run")))
+    metrics = module.train(tiny_args(script, **flags, batch_size=2, run_dir=str(tmp_path / "run")))
     assert all(math.isfinite(value) for value in metrics.values())
 
 
@@ -217,7 +228,10 @@ def check_images(script, root, how):
     Image.new("RGB", (40, 40)).save(root / "b.png")
     (root / "a.jpg").touch()
     crop = module.random_crop(16, 0.3) if hasattr(module, "random_crop") else (lambda pixels: pixels)
-    images = module.Images(str(root), (crop,), 0, 16, 0.3, 0)
+    if script in SECOND_EDITION:
+        images = module.Images(tiny_args(script, data=str(root)), (crop,), shortest=32)
+    else:
+        images = module.Images(str(root), (crop,), 0, 16, 0.3, 0)
 
     @how
     @given(spoilt(ORIGINALS))
@@ -239,9 +253,10 @@ def test_any_bytes_as_an_image(script, tmp_path):
     check_images(script, tmp_path, BYTES)
 
 
+@one_of_each_edition
 @pytest.mark.slow
-def test_many_bytes_as_an_image(tmp_path):
-    check_images("simclr", tmp_path, MANY_BYTES)
+def test_many_bytes_as_an_image(script, tmp_path):
+    check_images(script, tmp_path, MANY_BYTES)
 
 
 def check_checkpoints(script, root, how):
@@ -265,15 +280,62 @@ def check_checkpoints(script, root, how):
     check()
 
 
-@every_script
+def check_run_folder(script, root, how, name):
+    """Of the second edition open_run reads what is in the folder; a refused file stays as it was."""
+    module, parts = importlib.import_module(script), {"model": torch.nn.Linear(3, 2)}
+    args = tiny_args(script, run_dir=str(root / "run"))
+    run = module.open_run(args, script, parts, 4096, None)
+    state = {name: getattr(run, name) for name in run.kept}
+    module.save_checkpoint(run.folder / "checkpoint.pt", **state, model=parts["model"].state_dict())
+    path, seen = run.folder / name, set()
+    whole = path.read_bytes()
+
+    @how
+    @given(spoilt([whole, whole[:200]]))
+    def check(data):
+        path.write_bytes(data)
+        signal.alarm(20)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                assert module.open_run(args, script, parts, 4096, None).step == 0
+                seen.add("read")
+            except SystemExit as stop:
+                assert (
+                    stop.code.startswith(f"{run.folder}") and "delete" in stop.code and "\n" not in stop.code
+                )
+                assert path.read_bytes() == data
+                seen.add("refused")
+        signal.alarm(0)
+
+    check()
+    assert "refused" in seen
+
+
+@first_edition
 @pytest.mark.shared
 def test_any_bytes_as_a_checkpoint(script, tmp_path):
     check_checkpoints(script, tmp_path, BYTES)
 
 
+@pytest.mark.parametrize("script", sorted(REPRESENTATIVES & set(FIRST_EDITION)))
 @pytest.mark.slow
-def test_many_bytes_as_a_checkpoint(tmp_path):
-    check_checkpoints("simclr", tmp_path, MANY_BYTES)
+def test_many_bytes_as_a_checkpoint(script, tmp_path):
+    check_checkpoints(script, tmp_path, MANY_BYTES)
+
+
+@second_edition
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["checkpoint.pt", "args.json"])
+def test_any_bytes_in_a_run_folder(script, tmp_path, name):
+    check_run_folder(script, tmp_path, BYTES, name)
+
+
+@second_edition
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["checkpoint.pt", "args.json"])
+def test_many_bytes_in_a_run_folder(script, tmp_path, name):
+    check_run_folder(script, tmp_path, MANY_BYTES, name)
 
 
 CSV = b"path,label\na.png,cat\nb.png,dog\nc/d.png,cat\n"

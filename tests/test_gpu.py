@@ -5,11 +5,12 @@ import importlib
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TRAINING, tiny_args
+from conftest import ROOT, SECOND_EDITION, TRAINING, tiny_args
 from pretend_gpu import CUDA, PretendGenerator, PretendGPU
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -31,6 +32,9 @@ VARIANTS = {
 }
 # Where a step waits for the device although nothing is logged.
 WAITS = {"beit": {"index by a mask", "index_put by a mask"}}  # the loss takes the masked tokens alone
+# At their own rate a ResNet's weights that differ by 1e-7 move its fifth loss by 2 %, as the rounding of
+# --compile does.
+CALM = dict.fromkeys(("byol", "moco", "pretext", "simclr"), {"base_lr": 1e-4})
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +58,8 @@ def train(script, folder, steps=5, **flags):
                 raise KeyboardInterrupt
             return super().update(n)
 
-    flags = {"data": str(folder), "epochs": 1, "run_dir": "run", "log_every": 100, "restart": True} | flags
+    flags = {"data": str(folder), "epochs": 1, "run_dir": "run", "log_every": 100} | flags
+    shutil.rmtree("run", ignore_errors=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "save_checkpoint", lambda path, **state: None)
         if steps < 5:
@@ -206,7 +211,7 @@ def test_trains_on_a_gpu_as_on_the_cpu(script, folder, plain):
     ours, waits = train_there(script, folder)
     assert_close(ours, plain(script))
     assert len(waits) % 5 == 0  # five steps, of each stage
-    for i in (2, 3):  # the first and the last are logged
+    for i in (2, 3):  # from step 2 to 4: the first and the last are logged
         assert all(set(waits) <= WAITS.get(script, set()) for waits in waits[i::5])
 
 
@@ -240,10 +245,13 @@ def test_float16_and_a_resumed_run_on_a_gpu(script, folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(module, "save_checkpoint", stop)
         patch.setattr(module, "start_processes", lambda *flags: (0, 1, CUDA, torch.float16))
-        flags = {"data": str(folder), "epochs": 1, "batch_size": 16, "run_dir": "run", "checkpoint_every": 1}
+        flags = {"data": str(folder), "epochs": 1, "batch_size": 16, "run_dir": "run"}
+        second = script in SECOND_EDITION
+        flags |= {"save_minutes": 0} if second else {"checkpoint_every": 1}
         args = tiny_args(script, **flags)
         with PretendGPU():
-            with pytest.raises(SystemExit, match="interrupted .step 1.*continues"):
+            words = "interrupted; .*goes on" if second else "interrupted .step 1.*continues"
+            with pytest.raises(SystemExit, match=words):
                 module.train(args)
             metrics = module.train(args)
     assert math.isfinite(metrics["train/loss"]) and len(lines_of("run")) == 2
@@ -270,7 +278,7 @@ def test_memory_layout_changes_nothing(script, folder, plain, monkeypatch):
     assert_close([first], plain(script)[:1], rel=1e-3)
 
 
-def compiled(script, folder, monkeypatch, backend):
+def compiled(script, folder, monkeypatch, backend, **flags):
     def compile(self, *_, **__):
         self._compiled_call_impl = torch.compile(self._call_impl, backend=backend)
         calls.append(self)
@@ -278,7 +286,7 @@ def compiled(script, folder, monkeypatch, backend):
     calls = []
     torch._dynamo.reset()
     monkeypatch.setattr(nn.Module, "compile", compile)
-    lines = train(script, folder, compile=True)
+    lines = train(script, folder, compile=True, **flags)
     assert calls
     return lines
 
@@ -292,7 +300,9 @@ def test_traced_by_compile_gives_the_same_loss(script, folder, plain, monkeypatc
 @every_script
 @pytest.mark.slow
 def test_compile_gives_the_same_loss(script, folder, plain, monkeypatch):
-    assert_close(compiled(script, folder, monkeypatch, "inductor"), plain(script), rel=1e-2)
+    calm = CALM.get(script, {})
+    theirs = train(script, folder, **calm) if calm else plain(script)
+    assert_close(compiled(script, folder, monkeypatch, "inductor", **calm), theirs, rel=1e-2)
 
 
 # benchmarks/gpu_check.py
@@ -332,3 +342,12 @@ def test_gpu_check_notices_what_fails(gpu_check, capsys, monkeypatch):
     assert gpu_check.main(args) == ["mae      bf16             "]
     monkeypatch.setattr(mae, "mae_loss", lambda *a: 1 / 0)
     assert len(gpu_check.main(args)) == 2 and "ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_gpu_check_allows_two_stages_more(gpu_check):
+    """As BEiT on an H200: 4.98 after an overflow in its tokenizer's training, 4.83 without."""
+    seen = {"first": 4.98, "last": 1.0, "skipped": True}
+    assert not gpu_check.problem_of(seen | {"stages": 2}, "fp16, overflow", 4.83)
+    assert "is 4.8300" in gpu_check.problem_of(seen | {"stages": 1}, "fp16, overflow", 4.83)
+    assert "is 4.8300" in gpu_check.problem_of(seen | {"stages": 2}, "bf16", 4.83)
+    assert "is 4.7000" in gpu_check.problem_of(seen | {"stages": 2}, "fp16, overflow", 4.7)

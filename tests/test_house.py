@@ -12,16 +12,18 @@ import warnings
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SCRIPTS, TRAINING, run
+from conftest import FIRST_EDITION, REPRESENTATIVES, ROOT, SCRIPTS, SECOND_EDITION, TRAINING, run
 
-SECTIONS = ["Args", "Augmentation", "Model", "Loss", "Optimiser", "Monitor", "Plumbing", "Training"]
+SECTIONS = {
+    1: ["Args", "Augmentation", "Model", "Loss", "Optimiser", "Monitor", "Plumbing", "Training"],
+    2: ["Args", "Augmentation", "Model", "Loss", "Optimiser", "Monitor", "Training", "Plumbing"],
+}
 LINES = {"convert": 250, "beit": 969, "clip": 1134, "dinov2": 1041}
 # above DESIGN's budgets: eval_linear (600) has any labels, backbones and heads, see RESULTS.md; the rest is
 # of the first edition: Plumbing of 230 lines (--init, clear words for a damaged run folder, not-finite.txt),
 # each of three tasks 60, a second stage 150, clip's text, pairs, zero-shot and --classify 340
 LINES |= {
     "pretext": 825,
-    "simclr": 680,
     "mae": 674,
     "byol": 669,
     "moco": 699,
@@ -30,10 +32,17 @@ LINES |= {
     "eval_linear": 1258,
     "ijepa": 757,
 }
+# of the second edition, in all and before Plumbing; of functions (DESIGN 2.4)
+LINES |= {"simclr": 697}
+FRONT = {"simclr": 356}
+TRAIN = {"moco_v3": 120, "ijepa": 120, "dino": 120, "pretext": 120, "beit": 90, "clip": 135, "dinov2": 135}
+FUNCTION, CHARACTERS, PARAGRAPH = 45, 58, 12
 PACKAGES = {"torch", "torchvision", "timm", "einops", "tyro", "tensorboard", "tqdm"}
 PUBLIC = {  # DESIGN section 7
-    "all": "collapse_metrics save_checkpoint load_checkpoint export_backbone cosine_schedule",
-    "simclr": "SimCLR nt_xent LARS",
+    "first": "collapse_metrics save_checkpoint load_checkpoint export_backbone cosine_schedule",
+    "second": "collapse_metrics save_checkpoint cosine_schedule seeded gather read_image",
+    "plumbing": "open_run log_metrics save_run demo_image Images",  # pasted with all of it
+    "simclr": "SimCLR nt_xent LARS random_crop augment resnet monitor",
     "beit": "DVAE BEiT block_mask",
     "byol": "BYOL byol_loss momentum_update LARS",
     "clip": "CLIP clip_loss tokenize zero_shot_classifier",
@@ -47,6 +56,13 @@ PUBLIC = {  # DESIGN section 7
 }
 every_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 every_training_script = pytest.mark.parametrize("script", TRAINING)
+first_edition = pytest.mark.parametrize("script", FIRST_EDITION)
+second_edition = pytest.mark.parametrize("script", SECOND_EDITION)
+EDITIONS = [  # eval_linear.py and convert.py are of the first
+    [path for path in SCRIPTS if path.stem not in SECOND_EDITION],
+    [path for path in SCRIPTS if path.stem in SECOND_EDITION],
+]
+every_edition = pytest.mark.parametrize("paths", EDITIONS, ids=["first", "second"])
 
 
 def definitions(path):
@@ -67,7 +83,10 @@ def args_fields(path):
 
 
 def test_there_are_scripts():
-    assert "simclr" in TRAINING
+    """And one of each edition runs what is marked as shared."""
+    assert "simclr" in TRAINING and set(SECOND_EDITION) <= set(TRAINING)
+    for edition in (FIRST_EDITION, SECOND_EDITION):
+        assert len(REPRESENTATIVES & set(edition)) == min(1, len(edition))
 
 
 @every_script
@@ -100,23 +119,25 @@ def assert_same_fields(paths):
         assert name == "arch" or len(set(by_script.values())) == 1, f"--{name} differs: {by_script}"
 
 
-def test_same_name_same_body():
-    assert_same_bodies(SCRIPTS)
+@every_edition
+def test_same_name_same_body(paths):
+    assert_same_bodies(paths)
 
 
-def test_same_flag_same_type_and_help():
-    assert_same_fields(SCRIPTS)
+@every_edition
+def test_same_flag_same_type_and_help(paths):
+    assert_same_fields(paths)
 
 
 def test_the_rules_notice_a_difference(tmp_path):
-    text = (ROOT / "simclr.py").read_text()
+    text = (ROOT / "dinov2.py").read_text()
     (tmp_path / "a.py").write_text(text)
     (tmp_path / "b.py").write_text(text.replace("1e-7", "1e-8").replace("    # why", ""))
     with pytest.raises(AssertionError, match="collapse_metrics differs"):
         assert_same_bodies(sorted(tmp_path.glob("*.py")))
-    (tmp_path / "b.py").write_text(text.replace("# width of z", "# width"))
+    (tmp_path / "b.py").write_text(text.replace("# width of the head's hidden layers", "# width"))
     assert_same_bodies(sorted(tmp_path.glob("*.py")))
-    with pytest.raises(AssertionError, match="--proj_dim differs"):
+    with pytest.raises(AssertionError, match="--head_dim differs"):
         assert_same_fields(sorted(tmp_path.glob("*.py")))
 
 
@@ -126,24 +147,213 @@ def test_every_flag_has_help(path):
         assert all(help for _, help in args_fields(path).values())
 
 
-@every_training_script
+@first_edition
 def test_plumbing_is_the_same_everywhere(script):
     def plumbing(name):
         return re.search(r"# --- Plumbing.*?(?=# --- Training)", (ROOT / f"{name}.py").read_text(), re.S)[0]
 
-    assert plumbing(script) == plumbing("simclr")
+    assert plumbing(script) == plumbing(FIRST_EDITION[0])
+
+
+def assert_order(path, edition=2):
+    banners = re.findall(r"^# --- (\w+) -+$", path.read_text(), re.M)
+    assert banners == [name for name in SECTIONS[edition] if name in banners], f"order of {banners}"
+    missing = set(SECTIONS[edition]) - set(banners)
+    assert missing <= {"Optimiser"}, f"no section {missing}"
 
 
 @every_training_script
 def test_sections_stand_in_order(script):
-    banners = re.findall(r"^# --- (\w+) -+$", (ROOT / f"{script}.py").read_text(), re.M)
-    assert banners == [name for name in SECTIONS if name in banners]
-    assert set(SECTIONS) - set(banners) <= {"Optimiser"}
+    assert_order(ROOT / f"{script}.py", edition=2 if script in SECOND_EDITION else 1)
 
 
 @every_script
 def test_length(path):
     assert len(path.read_text().splitlines()) <= LINES.get(path.stem, 600)
+
+
+# The second edition: the method in front, Plumbing behind (DESIGN 2)
+
+
+def halves(path):
+    """What stands before Plumbing; and Plumbing, without the main guard."""
+    front, back = re.split(r"^(?=# --- Plumbing)", path.read_text(), flags=re.M)
+    return front, back.partition("\nif __name__")[0]
+
+
+def defined(node):
+    """Names that a line of a module defines."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return {node.name}
+    targets = getattr(node, "targets", [getattr(node, "target", None)])
+    return {name.id for t in targets if t for name in ast.walk(t) if isinstance(name, ast.Name)}
+
+
+def read_names(*nodes):
+    names = [n for node in nodes for n in ast.walk(node) if isinstance(n, ast.Name)]
+    return {name.id for name in names if isinstance(name.ctx, ast.Load)}
+
+
+def assert_plumbing(paths):
+    """To the letter the same. Nothing is dead, and no method hides there: the front of two scripts uses it,
+    of one while there is but one, or else what they use."""
+    parts = {path.name: halves(path) for path in paths}
+    assert len({back for _, back in parts.values()}) == 1, f"Plumbing differs between {sorted(parts)}"
+    fronts, back = [ast.parse(front) for front, _ in parts.values()], ast.parse([*parts.values()][0][1])
+    users = collections.Counter(name for front in fronts for name in read_names(front))
+    needed = {name for name, count in users.items() if count >= min(2, len(fronts))}
+    for _ in back.body:
+        needed |= read_names(*(node for node in back.body if defined(node) & needed))
+    unused = set().union(*map(defined, back.body)) - needed
+    assert not unused, f"in Plumbing, and used by fewer than two: {sorted(unused)}"
+
+    called = {n.attr for tree in (*fronts, back) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    methods = {n.name for n in ast.walk(back) if isinstance(n, ast.FunctionDef) and n not in back.body}
+    unused = {name for name in methods - called - read_names(back) if not name.startswith("__")}
+    assert not unused, f"in Plumbing, and called by none: {sorted(unused)}"
+
+
+def assert_front(path):
+    """Nothing in front subclasses what stands behind; in Training stand train functions alone."""
+    front, back = halves(path)
+    behind = set().union(*map(defined, ast.parse(back).body))
+    for node in ast.walk(ast.parse(front)):
+        bases = read_names(*node.bases) if isinstance(node, ast.ClassDef) else set()
+        assert not bases & behind, f"{node.name} subclasses {bases & behind} of Plumbing"
+    for node in ast.parse(front[front.index("# --- Training") :]).body:
+        assert isinstance(node, ast.FunctionDef) and node.name.startswith("train"), ast.unparse(node)[:80]
+
+
+def train_loops(path):
+    """(train function, its loop over the loader) for each train function."""
+    for function in [node for name, node in definitions(path).items() if name.startswith("train")]:
+        loops = [node for node in ast.walk(function) if isinstance(node, ast.For)]
+        loops = [node for node in loops if "loader" in read_names(node.iter)]
+        assert len(loops) == 1, f"{function.name} has {len(loops)} loops over the loader"
+        yield function, loops[0]
+
+
+def own_calls(node):
+    """Names of what a loop calls in its own body, and not in functions that are defined there."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Call):
+            yield ast.unparse(child.func)
+        if not isinstance(child, (ast.FunctionDef, ast.Lambda)):
+            yield from own_calls(child)
+
+
+def assert_step(path):
+    """The step is written out in the loop, with the update of moving average, queue or centre if there is."""
+    updates = {"momentum_update", "enqueue", "update_center"} & set(definitions(path))
+    for function, loop in train_loops(path):
+        calls = set(own_calls(loop))
+        missing = (
+            {"zero_grad", "backward", "scaler.step", *updates} - calls - {c.split(".")[-1] for c in calls}
+        )
+        assert not missing, f"the loop of {function.name} does not call {sorted(missing)}"
+
+
+def assert_lines(path, script):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            train = node in tree.body and node.name.startswith("train")
+            assert length <= (TRAIN.get(script, 110) if train else FUNCTION), (
+                f"{node.name}() has {length} lines"
+            )
+    front = len(halves(path)[0].splitlines())
+    assert front <= FRONT[script], f"{front} lines before Plumbing"
+    lines = len(path.read_text().splitlines())
+    assert lines <= LINES[script], f"{lines} lines in all"
+
+
+def assert_airy(path):
+    """Lines are short, and in the loop a blank line stands between the parts."""
+    widths = [len(line.strip()) for line in halves(path)[0].splitlines() if line.strip()]
+    mean = sum(widths) / len(widths)
+    assert mean <= CHARACTERS, f"{mean:.1f} characters in a non-blank line before Plumbing"
+    for function, loop in train_loops(path):
+        lines = path.read_text().splitlines()[loop.lineno - 1 : loop.end_lineno]
+        parts = re.split(r"\n\s*\n", "\n".join(lines))
+        longest = max(len(part.splitlines()) for part in parts)
+        assert longest <= PARAGRAPH, f"{longest} lines without a blank one in the loop of {function.name}"
+
+
+def test_plumbing_of_the_second_edition():
+    assert_plumbing(EDITIONS[1])
+
+
+@second_edition
+def test_the_method_stands_in_front(script):
+    assert_front(ROOT / f"{script}.py")
+    assert_step(ROOT / f"{script}.py")
+
+
+@second_edition
+def test_budget(script):
+    assert_lines(ROOT / f"{script}.py", script)
+    assert_airy(ROOT / f"{script}.py")
+
+
+def test_a_difference_in_plumbing_is_noticed(tmp_path):
+    """A second file, made up of the first: with another front it passes, with another Plumbing not."""
+    front, back = (ROOT / f"{SECOND_EDITION[0]}.py").read_text().split("# --- Plumbing", 1)
+    back, paths = "# --- Plumbing" + back, [tmp_path / "a.py", tmp_path / "b.py"]
+
+    def write(*texts):
+        for path, text in zip(paths, texts, strict=True):
+            path.write_text(text)
+
+    write(front + back, front + "# another front\n" + back)
+    assert_plumbing(paths)
+    write(front + back, front + back.replace("1e-7", "1e-8"))
+    with pytest.raises(AssertionError, match="Plumbing differs between .'a.py', 'b.py'"):
+        assert_plumbing(paths)
+
+    # of one script alone, or of none
+    spare = "\n\ndef spare():\n    return seeded(spare_of_spare())\n\n\ndef spare_of_spare():\n    return 1\n"
+    back = back.replace("\n\nif __name__", spare + "\n\nif __name__")
+    for user in ("", "spare()\n"):
+        write(front + user + back, front + back)
+        with pytest.raises(AssertionError, match="fewer than two: .'spare', 'spare_of_spare'"):
+            assert_plumbing(paths)
+    write(front + "spare()\n" + back, front + "spare()\n" + back)
+    assert_plumbing(paths)
+    write(*[front + "spare()\n" + back.replace("def batches", "def shards")] * 2)
+    with pytest.raises(AssertionError, match="called by none: .'shards'"):
+        assert_plumbing(paths)
+
+
+BEFORE_MODEL, BEFORE_TRAIN = "# --- Model -", "def train(args: Args) -> dict:\n"
+SPOILT = [  # what is replaced by what, in a copy of a script; the rule; its words
+    ("# --- Loss -", "# Loss -", assert_order, "no section"),
+    ("# --- Loss -", "# --- Monitor -", assert_order, "order of"),
+    (BEFORE_MODEL, f"class Mine(Images):\n    pass\n\n\n{BEFORE_MODEL}", assert_front, "Mine subclasses"),
+    (BEFORE_TRAIN, f"def look(x):\n    return x\n\n\n{BEFORE_TRAIN}", assert_front, "def look"),
+    ("scaler.step(optimizer)", "update(optimizer)", assert_step, "call .'scaler.step'"),
+    ("scaler.step(optimizer)", "(lambda: scaler.step(optimizer))()", assert_step, "call .'scaler.step'"),
+    ("optimizer.zero_grad()", "clear(optimizer)", assert_step, "call .'zero_grad'"),
+    (".backward(", ".backwards(", assert_step, "call .'backward'"),
+    (BEFORE_TRAIN, f"def momentum_update():\n    pass\n\n\n{BEFORE_TRAIN}", assert_step, "momentum_update"),
+    ("in loader:", "in others:", assert_step, "0 loops over the loader"),
+    ("\n\nif __name__", "\n#" * 700 + "\n\nif __name__", assert_lines, "lines in all"),
+    ("\n# --- Plumbing -", "#\n" * 30 + "\n# --- Plumbing -", assert_lines, "before Plumbing"),
+    (BEFORE_TRAIN, BEFORE_TRAIN + "    x = 1\n" * 120, assert_lines, r"train\(\) has"),
+    ("def note(", "def note(" + "\n" * 40, assert_lines, r"guarded\(\) has"),
+    (BEFORE_MODEL, f"# {'=' * 100}\n" * 900 + BEFORE_MODEL, assert_airy, "characters in a non-blank line"),
+    ("\n\n            ", "\n            ", assert_airy, "without a blank one"),
+]
+
+
+@pytest.mark.parametrize("old, new, rule, words", SPOILT, ids=[words for *_, words in SPOILT])
+def test_what_breaks_a_rule_is_noticed(tmp_path, old, new, rule, words):
+    text = (ROOT / f"{SECOND_EDITION[0]}.py").read_text()
+    assert old in text
+    (tmp_path / "a.py").write_text(text.replace(old, new))
+    more = [SECOND_EDITION[0]] if rule is assert_lines else []
+    with pytest.raises(AssertionError, match=words):
+        rule(tmp_path / "a.py", *more)
 
 
 def test_ruff():
@@ -251,14 +461,29 @@ def unresolved(source):
 @every_training_script
 def test_public_names_survive_pasting(script):
     path = ROOT / f"{script}.py"
-    for name in f"{PUBLIC['all']} {PUBLIC.get(script, '')}".split():
+    names = PUBLIC["second" if script in SECOND_EDITION else "first"]
+    for name in f"{names} {PUBLIC[script]}".split():
         missing = unresolved(pasted(path, name)) - {"super"}
         assert not missing, f"{name} of {script}.py needs {missing}: name them in its docstring after 'Uses'"
 
 
+def pasted_plumbing(path):
+    """The whole section, as someone pastes it under the import lines and MEAN, STD."""
+    return f"{pasted(path, 'MEAN')}\n{halves(path)[1]}"
+
+
+@second_edition
+def test_plumbing_survives_pasting(script):
+    source = pasted_plumbing(ROOT / f"{script}.py")
+    assert not unresolved(source)
+    assert set(PUBLIC["plumbing"].split()) <= set().union(*map(defined, ast.parse(source).body))
+
+
 def test_pasting_notices_a_missing_helper():
-    source = pasted(ROOT / "simclr.py", "nt_xent").replace("def gather(", "def other(")
+    source = pasted(ROOT / "dinov2.py", "collapse_metrics").replace("def gather(", "def other(")
     assert unresolved(source) == {"gather"}
+    source = pasted_plumbing(ROOT / f"{SECOND_EDITION[0]}.py").replace("MEAN, STD =", "CENTER, SCALE =")
+    assert unresolved(source) == {"MEAN", "STD"}
 
 
 @every_training_script

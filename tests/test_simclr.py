@@ -4,6 +4,9 @@ import importlib
 import json
 import math
 import re
+from colorsys import rgb_to_hsv
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from hypothesis import strategies as st
 from torchvision.transforms import functional as TF
 
 import simclr
-from simclr import LARS, SimCLR, augment, backward_in_chunks, contrastive_logits, contrastive_metrics, nt_xent
+from simclr import LARS, SimCLR, augment, collapse_metrics, gaussian_blur, monitor, nt_xent
 
 DOUBLE = torch.float64
 
@@ -37,6 +40,13 @@ def slow_nt_xent(z0, z1, temperature):
 
 def views(n, dim, seed=0, dtype=DOUBLE):
     return torch.randn(2, n, dim, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def logits_of(z0, z1, temperature):
+    """What nt_xent hands to the cross-entropy: logits (2N, 2N) and the column of each row's partner."""
+    with mock.patch("torch.nn.functional.cross_entropy") as cross_entropy:
+        nt_xent(z0, z1, temperature)
+    return cross_entropy.call_args.args
 
 
 # The loss: oracles 1 to 5
@@ -86,26 +96,26 @@ def test_gradient_of_a_row_is_orthogonal_to_it_and_none_is_zero():
     (grad,) = torch.autograd.grad(nt_xent(*z, 0.5), z)
     assert (grad * z).sum(-1).abs().max() < 1e-15 and grad.norm(dim=-1).min() > 1e-3
     # also as a negative only: the loss of anchor 0 alone moves every row
-    logits, positive = contrastive_logits(*z, 0.5)
+    logits, positive = logits_of(*z, 0.5)
     (grad,) = torch.autograd.grad(F.cross_entropy(logits[:1], positive[:1]), z)
     assert grad.norm(dim=-1).min() > 1e-3
 
 
 @pytest.mark.parametrize("tau, expected", [(0.07, 2.516e-4), (0.2, 0.124017), (0.5, 0.702462)])
 def test_the_fox_line_up(tau, expected):
-    """One positive of cosine .85 against four negatives, found among the rows of contrastive_logits."""
+    """One positive of cosine .85 against four negatives, found among the rows of the logits."""
     cosines = torch.tensor([0.85, 0.21, 0.18, 0.12, 0.15], dtype=DOUBLE)
     fox = torch.eye(6, dtype=DOUBLE)[0]
     others = torch.zeros(5, 6, dtype=DOUBLE)
     others[:, 0] = cosines
     others[torch.arange(5), torch.arange(1, 6)] = (1 - cosines**2).sqrt()
     z0, z1 = torch.stack([fox, others[1], others[2]]), torch.stack([others[0], others[3], others[4]])
-    logits, positive = contrastive_logits(z0, z1, tau)
+    logits, positive = logits_of(z0, z1, tau)
     assert F.cross_entropy(logits[:1], positive[:1]).item() == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_batch_of_256_has_510_negatives():
-    logits, positive = contrastive_logits(*views(256, 8), 0.1)
+    logits, positive = logits_of(*views(256, 8), 0.1)
     finite = torch.isfinite(logits)
     assert (finite.sum(1) - 1 == 510).all() and finite.gather(1, positive[:, None]).all()
     assert (~finite).nonzero()[:, 1].tolist() == list(range(512)) == positive.roll(256).tolist()
@@ -133,71 +143,155 @@ def test_without_negatives_only_attraction_is_left():
     torch.testing.assert_close(nt_xent(*z, 0.5, negatives=False), -cosine / 0.5)
 
 
+# The monitor
+
+
+def seen(z0, z1, tau=0.5, first=None):
+    """Metrics and problems of two views (N, D), with features that have nothing wrong."""
+    return monitor(torch.stack([z0, z1], dim=1), torch.randn(len(z0), 2, 32), tau, first or {})
+
+
 def test_accuracy_is_strict_and_gap_is_from_equal_logits():
     z = torch.ones(4, 3)
-    accuracy, gap = contrastive_metrics(*contrastive_logits(z, z, 0.5))
-    assert accuracy == 0 and gap.item() == pytest.approx(0, abs=1e-6)
-    logits, positive = contrastive_logits(torch.eye(4), torch.eye(4), 0.5)
+    metrics, _ = seen(z, z)
+    assert metrics["simclr/contrastive_accuracy"] == 0  # a tie is no success
+    assert metrics["simclr/gap"] == pytest.approx(0, abs=1e-6)
     assert F.cross_entropy(torch.zeros(1, 7), torch.tensor([0])).item() == pytest.approx(1.945910, abs=1e-6)
-    accuracy, gap = contrastive_metrics(logits, positive)
-    assert accuracy == 1 and gap.item() == pytest.approx(math.log(7) - 0.594438, abs=1e-5)
-    nan = torch.full((2, 5), math.nan)
-    assert contrastive_metrics(nan, torch.tensor([0, 1]))[0] == 0
+    metrics, _ = seen(torch.eye(4), torch.eye(4))
+    assert metrics["simclr/contrastive_accuracy"] == 1
+    assert metrics["simclr/gap"] == pytest.approx(math.log(7) - 0.594438, abs=1e-5)
+    metrics, _ = seen(torch.eye(4), torch.eye(4)[[0, 1, 3, 2]])  # two of four images find their partner
+    assert metrics["simclr/contrastive_accuracy"] == 0.5
+    metrics, _ = seen(torch.full((4, 3), math.nan), z)
+    assert metrics["simclr/contrastive_accuracy"] == 0 and math.isnan(metrics["simclr/gap"])
+
+
+def test_metrics_are_those_of_z_and_of_centred_h():
+    z, h = torch.randn(2, 10, 2, 16, generator=torch.Generator().manual_seed(0))
+    metrics, _ = monitor(z, h + 5, 0.1, {})
+    of_z = [metrics[f"monitor/projection_{name}"] for name in ("std", "spread", "rank")]
+    assert of_z == pytest.approx([*collapse_metrics(z.flatten(0, 1)).values()])
+    for name, value in collapse_metrics(h.flatten(0, 1) + 5, center=True).items():
+        assert metrics[f"monitor/{name}"] == pytest.approx(value)
+
+
+def test_each_problem_appears_when_it_should():
+    """And its tag is one of the metrics, by which the alarm sees whether it mends."""
+    generator = torch.Generator().manual_seed(0)
+    z, other, noise = torch.randn(3, 64, 128, generator=generator)
+    near = z + 0.1 * noise
+    turned = torch.ones(128) + 0.01 * z
+    flat = torch.linalg.qr(torch.randn(128, 128, generator=generator))[0]
+    low = {rank: [rows[:, :rank] @ flat[:rank] for rows in (z, near)] for rank in (2, 8)}
+    cases = {
+        "healthy": (z, near, {}, {}),
+        "as at the first log": (z, near, {"monitor/projection_rank": 60.0}, {}),
+        "one way": (turned, turned.roll(1, 0), {}, {"all z point one way": "monitor/projection_spread"}),
+        "rank 2": (*low[2], {}, {"z fills few directions": "monitor/projection_rank"}),
+        "random": (z, other, {}, {"partners are found by chance": "simclr/gap"}),
+    }
+    for name, (z0, z1, first, expected) in cases.items():
+        metrics, problems = seen(z0, z1, 0.1, first)
+        assert set(problems.values()) <= set(metrics), name
+        found = {words.split(";")[0]: tag for words, tag in problems.items()}
+        assert expected.items() <= found.items(), (name, found)
+        assert name == "one way" or found == expected, (name, found)
+
+    assert not seen(*low[8], 0.1)[1]  # enough of 128 directions, but not where there were 100
+    (tag,) = seen(*low[8], 0.1, {"monitor/projection_rank": 100.0})[1].values()
+    assert tag == "monitor/projection_rank"
+
+
+def test_collapse_metrics_look_at_2048_rows():
+    rows = torch.randn(3000, 16, generator=torch.Generator().manual_seed(0))
+    rows[2048:] = torch.eye(16)[0]
+    for center in (False, True):
+        assert collapse_metrics(rows, center) == collapse_metrics(rows[:2048], center)
+        assert collapse_metrics(rows, center) != collapse_metrics(rows[:2047], center)
 
 
 # Several processes: oracle 6, and chunks
 
 
-@pytest.mark.parametrize("chunks", [0, 1])
-def test_two_processes_are_one(tmp_path, chunks):
-    """Loss and gradient under DDP, or in chunks without it, of a ResNet with BatchNorm in eval mode."""
-    run_processes(
-        tmp_path,
-        f"""
-import torch, torch.distributed as dist, simclr
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-torch.manual_seed(0)
-model = simclr.SimCLR("resnet18").double().eval()
-for m in model.modules():
-    if isinstance(m, torch.nn.modules.batchnorm._BatchNorm):
-        m.running_var.fill_(4.0)
-params = [p for p in model.parameters() if p.requires_grad]
-images = torch.randn(4, 2, 3, 32, 32, dtype=torch.float64)
-net = model if {chunks} else torch.nn.parallel.DistributedDataParallel(model)
-scaler = torch.amp.GradScaler("cpu", enabled=False)
-def embed(chunk):
-    z, h = net(chunk[0].flatten(0, 1), return_features=True)
-    return z.unflatten(0, (-1, 2)), h
-def loss_of(z):
-    return simclr.nt_xent(z[:, 0], z[:, 1], 0.5)
-mine = images.chunk(2)[rank]
-if {chunks}:
-    loss, z, h = simclr.backward_in_chunks(lambda c: embed((c,)), mine.split(1), loss_of, scaler, params)
-else:
-    z, h = embed((mine,))
-    loss = loss_of(z)
-    loss.backward()
-loss = simclr.gather(loss.detach()[None]).mean()
-metrics = simclr.collapse_metrics(h), simclr.collapse_metrics(z.flatten(0, 1))
-accuracy = simclr.contrastive_metrics(*simclr.contrastive_logits(z[:, 0].detach(), z[:, 1].detach(), 0.5))[0]
-accuracy = simclr.gather(accuracy[None]).mean()
-grads = [p.grad.clone() for p in params]
-dist.destroy_process_group()
-net = model
-model.zero_grad()
-z, h = embed((images,))
-whole = loss_of(z)
-whole.backward()
-assert abs(loss - whole) < 1e-12, (loss, whole)
-assert max((a - p.grad).abs().max() for a, p in zip(grads, params)) < 1e-12
-assert max(p.grad.abs().max() for p in params) > 1e-3
-for ours, one in zip(metrics, (simclr.collapse_metrics(h), simclr.collapse_metrics(z.flatten(0, 1)))):
-    assert all(abs(ours[k] - one[k]) < 1e-6 for k in one), (ours, one)
-one = simclr.contrastive_metrics(*simclr.contrastive_logits(z[:, 0].detach(), z[:, 1].detach(), 0.5))[0]
-assert abs(accuracy - one) < 1e-6
-""",
-    )
+def one_step(data, run_dir, micro, dtype):
+    """train() for one step of 24 images, without BatchNorm's coupling and with the simplest augmentation.
+    Returns the images of each pass through the network."""
+    passes = []
+
+    class Fixed(SimCLR):
+        def __init__(self, *shape):
+            super().__init__(*shape)
+            self.to(dtype).eval()
+            for module in self.modules():
+                if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                    module.running_var.fill_(4.0)
+
+        def forward(self, images):
+            passes.append(images)
+            return super().forward(images)
+
+    def darker(images, u, *_):
+        return images.to(dtype) / 255 * u[:, :1, None, None]
+
+    with mock.patch("simclr.SimCLR", Fixed), mock.patch("simclr.augment", darker):
+        flags = {"batch_size": 24, "epochs": 1, "image_size": 16, "weight_decay": 0.0}
+        flags |= {"micro_batch_size": micro, "data": str(data), "run_dir": str(run_dir)}
+        simclr.train(tiny_args("simclr", **flags))
+    return passes
+
+
+def saved(run_dir):
+    """Weights, gradient, which is the first momentum, and metrics that one_step left."""
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    gradients = [buffer["momentum_buffer"] for buffer in state["optimizer"]["state"].values()]
+    return state["model"], gradients, state["recent"][0]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (DOUBLE, 1e-12)])
+def test_gradient_in_chunks_is_that_of_the_batch(folder, tmp_path, dtype, tolerance):
+    """Of train() itself, the weights still at their start: the learning rate of its first step is 0."""
+    for micro, sizes in ((0, [24]), (8, [8] * 6)):
+        passes = one_step(folder, tmp_path / str(micro), micro, dtype)
+        assert [len(images) // 2 for images in passes] == sizes
+        weights, gradients, metrics = saved(tmp_path / str(micro))
+        model = SimCLR().to(dtype).eval()
+        model.load_state_dict(weights)
+        z, _ = model(torch.cat(passes[: 24 // micro if micro else 1]))
+        loss = nt_xent(z[::2], z[1::2], 0.1)
+        multiplied = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+        added = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+        expected = torch.autograd.grad(loss, multiplied + added)
+        scale = max(g.abs().max() for g in expected)
+        assert scale > 1e-3 and metrics["train/loss"] == pytest.approx(loss.item(), rel=tolerance)
+        assert max((a - b).abs().max() for a, b in zip(gradients, expected, strict=True)) < tolerance * scale
+
+
+@pytest.mark.parametrize("micro", [0, 4])
+def test_two_processes_are_one(folder, tmp_path, micro):
+    """Loss, gradient and metrics of train() under DDP, in one pass and in chunks of a ResNet with BatchNorm
+    in eval mode; both processes have the loss of the whole batch."""
+    code = f"""
+import os, torch, simclr
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_simclr import one_step
+losses, nt_xent = [], simclr.nt_xent
+simclr.nt_xent = lambda *a: losses.append(nt_xent(*a)) or losses[-1]
+passes = one_step({str(folder)!r}, "two", {micro}, torch.float64)
+assert [len(images) for images in passes] == ([24] if {micro} == 0 else [8] * 6)
+torch.save(losses[0].detach(), "loss" + os.environ["RANK"] + ".pt")
+"""
+    run_processes(tmp_path, code)
+    one_step(folder, tmp_path / "one", 0, DOUBLE)
+    (weights, two, metrics), (initial, one, expected) = saved(tmp_path / "two"), saved(tmp_path / "one")
+    for rank in (0, 1):
+        loss = torch.load(tmp_path / f"loss{rank}.pt", weights_only=True).item()
+        assert loss == pytest.approx(expected["train/loss"], abs=1e-12)
+    assert all(torch.equal(weights[name], initial[name]) for name in initial)
+    assert max((a - b).abs().max() for a, b in zip(two, one, strict=True)) < 1e-12
+    assert max(g.abs().max() for g in one) > 1e-3
+    for tag in expected:
+        if tag != "perf/images_per_second":
+            assert metrics[tag] == pytest.approx(expected[tag], abs=1e-6), tag
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", pytest.param("lars", marks=pytest.mark.slow)])
@@ -214,7 +308,7 @@ def small(arch, stem):
 simclr.resnet, simclr.nn.BatchNorm1d = small, Scale
 args = simclr.Args(
     data="photos", image_size=16, batch_size=24, epochs=1, warmup_epochs=0.01, workers=0, log_every=1,
-    blur=0.5, solarize=0.3, proj_layers=3, optimizer={optimizer!r}, lr_scaling="sqrt", base_lr=0.02,
+    blur=0.5, proj_layers=3, optimizer={optimizer!r}, base_lr=1.0,
     micro_batch_size=MICRO, run_dir="RUN",
 )
 simclr.train(args)
@@ -223,7 +317,7 @@ simclr.train(args)
     for i in range(144):
         simclr.demo_image(i)[0].save(tmp_path / "photos" / f"{i:03d}.png")
     curves = {}
-    for n, micro in ((1, 0), (1, 5), (2, 0), (2, 5)):
+    for n, micro in ((1, 0), (1, 4), (2, 0), (2, 3)):
         name = f"run{n}{micro}"
         run_processes(tmp_path, code.replace("MICRO", str(micro)).replace("RUN", name), n)
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -235,32 +329,6 @@ simclr.train(args)
             accuracy = [run["simclr/contrastive_accuracy"] for run in (line, first)]
             assert abs(accuracy[0] - accuracy[1]) < 1.1 / 24, name  # a rounding turns one image, no more
     assert lines[0]["train/loss"] != pytest.approx(lines[-1]["train/loss"], rel=1e-4)
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (DOUBLE, 1e-12)])
-def test_gradient_in_chunks_is_that_of_the_batch(dtype, tolerance):
-    torch.manual_seed(0)
-    model = SimCLR().to(dtype).eval()
-    images = torch.randn(5, 2, 3, 32, 32, dtype=dtype)
-    calls = []
-
-    def embed(chunk):
-        calls.append(len(chunk))
-        z, h = model(chunk.flatten(0, 1), return_features=True)
-        return z.unflatten(0, (-1, 2)), h
-
-    def loss_of(z):
-        return nt_xent(z[:, 0], z[:, 1], 0.1)
-
-    params = [p for p in model.parameters() if p.requires_grad]
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    whole = loss_of(embed(images)[0])
-    expected = torch.autograd.grad(whole, params)
-    loss, z, h = backward_in_chunks(embed, images.split(2), loss_of, scaler, params)
-    assert calls == [5, 2, 2, 1, 2, 2, 1] and z.shape == (5, 2, 128) and h.shape == (10, 512)
-    torch.testing.assert_close(loss, whole.detach())
-    scale = max(g.abs().max() for g in expected)
-    assert max((p.grad - g).abs().max() for p, g in zip(params, expected, strict=True)) < tolerance * scale
 
 
 # Optimiser and schedule: oracles 7 and 8
@@ -313,13 +381,11 @@ def test_schedule():
     assert simclr.cosine_schedule(976, 97657, 976, 1.0 * 512 / 256) == 2.0  # the CIFAR recipe
 
 
-@pytest.mark.parametrize("scaling, peak", [("linear", 0.3 * 8 / 256), ("sqrt", 0.3 * 8**0.5)])
-def test_learning_rates_of_a_run(folder, tmp_path, scaling, peak):
-    args = tiny_args(
-        "simclr", data=str(folder), base_lr=0.3, lr_scaling=scaling, run_dir=str(tmp_path), warmup_epochs=1.4
-    )
+def test_learning_rates_of_a_run(folder, tmp_path):
+    args = tiny_args("simclr", data=str(folder), base_lr=0.3, run_dir=str(tmp_path), warmup_epochs=1.4)
     simclr.train(args)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    peak = 0.3 * 8 / 256
     assert [line["train/lr"] for line in lines] == [
         simclr.cosine_schedule(step, 20, 7, peak) for step in range(20)
     ]
@@ -327,35 +393,69 @@ def test_learning_rates_of_a_run(folder, tmp_path, scaling, peak):
 
 @pytest.mark.parametrize("optimizer, side, radius", [("sgd", 32, 1), ("lars", 224, 11)])
 def test_recipe_of_a_run(folder, tmp_path, monkeypatch, optimizer, side, radius):
-    """Optimiser and its two groups, strength of the jitter, 3 taps of the blur at 32 px and 23 at 224."""
-    built, drawn, radii, draw = [], [], [], simclr.draw_numbers
+    """Optimiser and its two groups, strength of the jitter, 3 taps of the blur at 32 px and 23 at 224, and
+    what the network gets: normalised, channels last."""
+    built, given = [], []
 
     class Stop(Exception):
         pass
 
-    def spy(images, numbers, order, blur_radius):
-        radii.append(blur_radius)
-        if len(radii) == 2:  # the first one is for the picture of the views
-            raise Stop
-        return images / 255
+    def spy(images, u, order, *recipe, **more):
+        given.append((tuple(u.shape), sorted(order[:4]), order[4:], *recipe, more))
+        return torch.full_like(images, 0.5, dtype=torch.float32)
+
+    def forward(self, images):
+        given.append(images)
+        raise Stop
 
     for place, name in ((torch.optim, "SGD"), (simclr, "LARS")):
         build = getattr(place, name)
         wrapped = lambda *a, build=build, **k: built.append(build(*a, **k)) or built[-1]  # noqa: E731
         monkeypatch.setattr(place, name, wrapped)
-    monkeypatch.setattr(simclr, "draw_numbers", lambda *a: drawn.append(a) or draw(*a))
     monkeypatch.setattr(simclr, "augment", spy)
-    flags = {"image_size": side, "jitter_strength": 0.5, "blur": 0.3, "solarize": 0.1, "weight_decay": 0.02}
+    monkeypatch.setattr(SimCLR, "forward", forward)
+    flags = {"image_size": side, "jitter_strength": 0.5, "blur": 0.3, "weight_decay": 0.02}
     with pytest.raises(Stop):
         args = tiny_args("simclr", data=str(folder), optimizer=optimizer, **flags, run_dir=str(tmp_path))
         simclr.train(args)
-    assert radii == [radius] * 2 and drawn[0][:4] == ((8, 2), [0.4, 0.4, 0.4, 0.1], 0.3, 0.1)
+    looked, images = given
+    assert looked == ((16, 9), [0, 1, 2, 3], [4], [0.4, 0.4, 0.4, 0.1], 0.3, radius, {})
+    assert images.shape == (16, 3, side, side) and images.is_contiguous(memory_format=torch.channels_last)
+    normal = (0.5 - torch.tensor(simclr.MEAN)) / torch.tensor(simclr.STD)
+    torch.testing.assert_close(images, normal.view(3, 1, 1).expand_as(images))
     groups = built[-1].param_groups
     assert type(built[-1]).__name__.lower() == optimizer
     assert [(group["momentum"], group["weight_decay"]) for group in groups] == [(0.9, 0.02), (0.9, 0.0)]
     own = {"sgd": {"nesterov": True}, "lars": {"lr_inside": True, "trust": 1e-3}}[optimizer]
     assert all(own.items() <= group.items() for group in groups)
     assert all(p.ndim > 1 for p in groups[0]["params"]) and all(p.ndim == 1 for p in groups[1]["params"])
+
+
+def test_each_step_draws_its_own_numbers_and_order(folder, tmp_path, monkeypatch):
+    """Uniform, for each view its own, of (seed, step) alone; all 24 orders of the colours, gray last."""
+    drawn, augment = [], simclr.augment
+
+    def spy(images, u, order, *recipe):
+        drawn.append((u, order))
+        return augment(images, u, order, *recipe)
+
+    def small(arch, stem):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 8)), 8
+
+    monkeypatch.setattr(simclr, "augment", spy)
+    monkeypatch.setattr(simclr, "resnet", small)
+    for seed, epochs in ((0, 30), (1, 1)):
+        flags = {"image_size": 8, "epochs": epochs, "log_every": 1000, "run_dir": str(tmp_path / str(seed))}
+        simclr.train(tiny_args("simclr", data=str(folder), seed=seed, **flags))
+    assert len(drawn) == 155
+    for i, (u, _) in enumerate(drawn):
+        expected = torch.rand(8, 2, 9, generator=simclr.seeded(3, i // 150, i % 150))
+        assert torch.equal(u, expected.flatten(0, 1))
+    numbers = torch.stack([u for u, _ in drawn])
+    assert len(numbers.unique()) > 0.99 * numbers.numel()
+    orders = [tuple(order) for _, order in drawn]
+    assert len(set(orders)) == 24 and orders[:5] != orders[150:]
+    assert all(order[4] == 4 and sorted(order) == [0, 1, 2, 3, 4] for order in orders)
 
 
 @pytest.mark.parametrize("script", ["simclr", "byol", "moco_v3"])
@@ -384,7 +484,10 @@ def test_backbone_is_torchvision_s(arch, entries, width):
     net.fc = torch.nn.Identity()
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(model.eval().backbone(images), net.eval()(images))
-    assert model(images, return_features=True)[1].shape == (2, width) and model(images).shape == (2, 128)
+    z, h = model(images)
+    torch.testing.assert_close(h, net(images))
+    torch.testing.assert_close(z, model.projector(h))
+    assert z.shape == (2, 128) and h.shape == (2, width)
 
 
 def test_cifar_stem():
@@ -419,14 +522,21 @@ def test_projector(depth, shapes):
 # Augmentation on the device = torchvision's, at equal factors
 
 
-def augmented(images, order=(0, 1, 2, 3, 4), radius=0, **columns):
-    """augment with all factors neutral but those given; back in [0, 1]."""
-    names = ["brightness", "contrast", "saturation", "hue", "gray", "sigma", "solarize"]
-    numbers = torch.tensor([1.0, 1, 1, 0, 0, 0, 0]).repeat(len(images), 1)
-    for name, values in columns.items():
-        numbers[:, names.index(name)] = values
-    x = augment(images, numbers, order, radius)
-    return x * torch.tensor(simclr.STD).view(3, 1, 1) + torch.tensor(simclr.MEAN).view(3, 1, 1)
+JITTER = (1.0, 1.0, 1.0, 0.5)  # so brightness, contrast, saturation are 2 u, and the turn of the hue u - 0.5
+
+
+def augmented(images, order=(0, 1, 2, 3, 4), radius=0, **factors):
+    """augment by numbers u that give these factors, all others neutral."""
+    columns = {"brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "hue": 0.5, "jitter": 0.0}
+    columns |= {"gray": 0.9, "blur": 0.9, "sigma": 0.5, "solarize": 0.9}
+    number_of = {"hue": lambda turns: turns + 0.5, "sigma": lambda sigma: (sigma - 0.1) / 1.9}
+    for name, value in factors.items():
+        yes = (
+            0.1 if value is True else value / 2 if name in ("brightness", "contrast", "saturation") else value
+        )
+        columns[name] = number_of.get(name, lambda _, yes=yes: yes)(value)
+    u = torch.stack([torch.as_tensor(column).expand(len(images)) for column in columns.values()], dim=1)
+    return augment(images, u, order, JITTER, blur=0.5, blur_radius=radius, solarize=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -464,45 +574,93 @@ def test_colours_in_any_order(images):
         assert_near(augmented(images, order=order, **factors), expected)
 
 
-def test_gray_blur_and_solarize_are_torchvision_s(images):
-    assert_near(augmented(images, gray=1), TF.rgb_to_grayscale(images / 255, 3))
-    assert_near(augmented(images, solarize=1), TF.solarize(images / 255, 0.5))
+def test_gray_and_solarize_are_torchvision_s(images):
+    assert_near(augmented(images, gray=True), TF.rgb_to_grayscale(images / 255, 3))
+    assert_near(augmented(images, solarize=True), TF.solarize(images / 255, 0.5))
+    assert_near(augmented(images, jitter=0.9, brightness=2.0, hue=0.3), images / 255)  # not to be jittered
+
+
+def test_blur_is_torchvision_s(images):
     sigmas = torch.linspace(0.1, 2, 12)
-    blurred = each(lambda image, sigma: TF.gaussian_blur(image, [9, 9], [sigma, sigma]), images, sigmas)
-    assert_near(augmented(images, radius=4, sigma=sigmas), blurred)
-    assert_near(augmented(images, radius=4, sigma=0), images / 255)
+    theirs = each(lambda image, sigma: TF.gaussian_blur(image, [9, 9], [sigma, sigma]), images, sigmas)
+    assert_near(augmented(images, radius=4, blur=True, sigma=sigmas), theirs)
+    assert_near(augmented(images, radius=4, sigma=sigmas), images / 255)
+    constant = torch.full((12, 3, 20, 20), 0.3)
+    torch.testing.assert_close(gaussian_blur(constant, sigmas.view(-1, 1, 1, 1), 11), constant)
 
 
-def test_drawn_numbers_have_the_paper_s_distribution():
-    draw = lambda seed, *p: simclr.draw_numbers((4000, 2), *p, torch.Generator().manual_seed(seed))  # noqa: E731
+def random_numbers(n, seed=0):
+    return torch.rand(n, 9, generator=torch.Generator().manual_seed(seed))
+
+
+def factors_of(u, jitter, **more):
+    """What augment makes of u, measured on images where one operation at a time shows its factor."""
+    n = len(u)
+
+    def look(pixels, *order):
+        image = torch.tensor(pixels, dtype=torch.uint8).T.reshape(1, 3, 1, -1)
+        return augment(image.expand(n, -1, -1, -1), u, order, jitter, **more)[:, :, 0]
+
+    bright = look([[51] * 3], 0)[:, 0, 0] / 0.2
+    stretched = look([[110] * 3, [130] * 3], 1)[:, 0]
+    contrast = (stretched[:, 1] - stretched[:, 0]) * 255 / 20
+    coloured = look([[130, 110, 110]], 2)
+    saturation = (coloured[:, 0] - coloured[:, 1])[:, 0] * 255 / 20
+    hues = [rgb_to_hsv(*pixel)[0] for pixel in look([[200, 100, 100]], 3)[:, :, 0].tolist()]
+    turns = (torch.tensor(hues) + 0.5) % 1 - 0.5
+    gray = look([[200, 100, 100]], 4)[:, :, 0]
+    return torch.stack([bright, contrast, saturation, turns], dim=1), gray[:, 0] == gray[:, 1]
+
+
+def test_numbers_give_the_paper_s_distribution():
     half, none = (0.4, 0.4, 0.4, 0.1), (0.0, 0.0, 0.0, 0.0)
-    numbers, order = draw(0, half, 0.5, 0.2)
-    flat = numbers.flatten(0, 1)
-    jittered = (flat[:, :4] != torch.tensor([1.0, 1, 1, 0])).all(1)
+    neutral = torch.tensor([1.0, 1, 1, 0])
+    u = random_numbers(8000)
+    factors, gray = factors_of(u, half)
+    jittered = ((factors - neutral).abs() > 1e-5).any(1)
     assert jittered.float().mean().item() == pytest.approx(0.8, abs=0.02)
-    low, high = flat[jittered].amin(0)[:4], flat[jittered].amax(0)[:4]
+    low, high = factors[jittered].amin(0), factors[jittered].amax(0)
     torch.testing.assert_close(low, torch.tensor([0.6, 0.6, 0.6, -0.1]), atol=0.01, rtol=0)
     torch.testing.assert_close(high, torch.tensor([1.4, 1.4, 1.4, 0.1]), atol=0.01, rtol=0)
-    gray, sigma, solarize = flat[:, 4], flat[:, 5], flat[:, 6]
-    assert gray.mean().item() == pytest.approx(0.2, abs=0.02)
-    assert gray[~jittered].mean().item() == pytest.approx(0.2, abs=0.04)  # drawn apart from the jitter
+    torch.testing.assert_close(factors[jittered].mean(0), neutral, atol=0.02, rtol=0)
+    assert factors[jittered].T.corrcoef().fill_diagonal_(0).abs().max() < 0.05  # each factor its own
+    assert gray.float().mean().item() == pytest.approx(0.2, abs=0.02)
+    assert gray[~jittered].float().mean().item() == pytest.approx(0.2, abs=0.04)  # apart from the jitter
+    off, gray_again = factors_of(u, none)
+    torch.testing.assert_close(off, neutral.expand_as(off), atol=1e-5, rtol=0)
+    assert torch.equal(gray_again, gray)
+    full, _ = factors_of(u, (0.8, 0.8, 0.8, 0.2))
+    assert full[:, :3].min() >= 0.2 - 1e-5 and 0.19 < full[:, 3].abs().max() <= 0.2 + 1e-5
+    wide, _ = factors_of(u, (1.6, 1.6, 1.6, 0.4))
+    assert 0 <= wide[:, :3].min() < 0.01 and wide[:, 3].min() < -0.39
+    seldom, _ = factors_of(u, half, chance=0.3)
+    assert ((seldom - neutral).abs() > 1e-5).any(1).float().mean().item() == pytest.approx(0.3, abs=0.02)
+
+
+def test_blur_and_solarize_by_chance_for_all_or_for_each_image(monkeypatch):
+    sigmas = []
+    monkeypatch.setattr(simclr, "gaussian_blur", lambda x, sigma, radius: sigmas.append(sigma.flatten()) or x)
+    u, images = random_numbers(8000), torch.full((8000, 3, 1, 1), 200, dtype=torch.uint8)
+
+    def look(blur, solarize, radius=1):
+        x = augment(images, u, (), (0, 0, 0, 0), blur, radius, solarize)
+        return x[:, 0, 0, 0] < 0.5
+
+    solarized, sigma = look(0.5, 0.2), sigmas.pop()
+    assert solarized.float().mean().item() == pytest.approx(0.2, abs=0.02)
     assert (sigma > 0).float().mean().item() == pytest.approx(0.5, abs=0.02)
     assert 0.1 <= sigma[sigma > 0].min() < 0.12 and 1.98 < sigma.max() <= 2
-    assert solarize.mean().item() == pytest.approx(0.2, abs=0.02)
-    orders = {tuple(draw(s, half, 0, 0)[1]) for s in range(200)}
-    assert sorted(order[:4]) == [0, 1, 2, 3] and order[4] == 4 and len(orders) == 24
-    again, _ = draw(0, half, 0.5, 0.2)
-    assert torch.equal(numbers, again) and not torch.equal(numbers, draw(1, half, 0.5, 0.2)[0])
-    off, _ = draw(0, none, 0.0, 0.0)
-    assert (off[..., [0, 1, 2, 3, 5, 6]] == torch.tensor([1.0, 1, 1, 0, 0, 0])).all()
-    full, _ = draw(0, (0.8, 0.8, 0.8, 0.2), 0.0, 0.0)
-    assert full[..., :3].min() >= 0.2 and full[..., 3].abs().max() <= 0.2
-    wide, _ = draw(0, (1.6, 1.6, 1.6, 0.4), 0.0, 0.0)
-    assert 0 <= wide[..., :3].min() < 0.01 and wide[..., 3].min() < -0.39
-    views, _ = draw(0, (0.4, 0.4, 0.2, 0.1), [1.0, 0.1], [0.0, 0.2])  # of each view its own
-    assert (views[..., 5] > 0).float().mean(dim=0).tolist() == pytest.approx([1, 0.1], abs=0.02)
-    assert views[..., 6].mean(dim=0).tolist() == pytest.approx([0, 0.2], abs=0.02)
-    assert views[..., 2].max().item() == pytest.approx(1.2, abs=0.01)
+    assert solarized[sigma > 0].float().mean().item() == pytest.approx(0.2, abs=0.03)  # apart from the blur
+    assert not look(0.0, 0.0).any() and not sigmas.pop().any()
+    assert not look(1.0, 0.0, radius=0).any() and not sigmas
+
+    def for_views(first, second):
+        return torch.tensor([first, second]).repeat(4000).view(-1, 1, 1, 1)
+
+    solarized = look(for_views(1.0, 0.1), for_views(0.0, 0.2)).unflatten(0, (-1, 2))
+    blurred = sigmas.pop().unflatten(0, (-1, 2)) > 0
+    assert blurred.float().mean(dim=0).tolist() == pytest.approx([1, 0.1], abs=0.02)
+    assert solarized.float().mean(dim=0).tolist() == pytest.approx([0, 0.2], abs=0.02)
 
 
 def test_crop_of_a_tensor_is_that_of_the_image():
@@ -531,6 +689,6 @@ def test_paper_command_is_the_sheet_s():
         100,
         4096,
     )
-    assert (args.optimizer, args.base_lr, args.lr_scaling, args.weight_decay) == ("lars", 0.3, "linear", 1e-6)
+    assert (args.optimizer, args.base_lr, args.weight_decay) == ("lars", 0.3, 1e-6)
     assert (args.warmup_epochs, args.temperature, args.proj_layers, args.proj_dim) == (10, 0.1, 2, 128)
-    assert (args.jitter_strength, args.min_scale, args.blur, args.solarize) == (1.0, 0.08, 0.5, 0.0)
+    assert (args.jitter_strength, args.min_scale, args.blur, args.negatives) == (1.0, 0.08, 0.5, True)
