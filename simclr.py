@@ -33,6 +33,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -176,7 +177,7 @@ class SimCLR(nn.Module):
 def nt_xent(z0, z1, temperature, negatives=True):
     """NT-Xent (Eq. 1) of both views (N, D) of the whole batch, rows of any length, in float32 or better."""
     z = torch.cat([z0, z1])
-    z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+    z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1, eps=1e-4)  # black: z is 0
     logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)  # (2N, 2N): no row finds itself
     partner = torch.arange(len(z), device=z.device).roll(len(z0))
     return F.cross_entropy(logits, partner) if negatives else -logits.gather(1, partner[:, None]).mean()
@@ -561,14 +562,18 @@ def open_run(args, method, parts, images, amp):
         if run.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             temporary = folder / f"args.json.{os.getpid()}.tmp"
-            temporary.write_text(json.dumps(record | {"torch": torch.__version__}, indent=1))
-            os.replace(temporary, folder / "args.json")
+            try:
+                temporary.write_text(json.dumps(record | {"torch": torch.__version__}, indent=1))
+                os.replace(temporary, folder / "args.json")
+            finally:
+                temporary.unlink(missing_ok=True)
             with open(folder / "metrics.jsonl", "a") as log:
                 log.truncate(min(log.tell(), run.logged))  # what came after the checkpoint is done again
             print(f"{images} images in {args.data}. Run folder {folder}, step {run.step}")
         return run
     except Exception as error:  # of the disk, or of a damaged file
-        sys.exit(f"{folder}: {' '.join(str(error).split())[:200]}: {anew}")
+        words = " ".join(str(error).split())[:150]
+        sys.exit(f"{folder}: args.json or checkpoint.pt is damaged, or the disk is full: {words}: {anew}")
 
 
 def load_encoder(encoder, path):
@@ -605,6 +610,7 @@ def guarded(run, total):
         with tqdm(total=total, initial=run.step, disable=run.rank > 0) as run.bar, writer as run.board:
             yield signals
     except (KeyboardInterrupt, OSError) as error:
+        traceback.clear_frames(error.__traceback__)  # or the loader lives on and waits for its workers
         words = (str(error) or "interrupted").splitlines()[-1]
         sys.exit(f"{words}; the same command goes on from the last checkpoint")
     finally:
@@ -664,9 +670,8 @@ def save_checkpoint(path, **state):
     """Write tensors and plain dicts in one step: a kill at any moment leaves the old file or the new one."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
+        torch.save(state, temporary)  # by its path: Ctrl-C within stays a KeyboardInterrupt
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except RuntimeError as error:  # torch.save's words for a full disk
