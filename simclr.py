@@ -461,6 +461,8 @@ def check_flags(args, may_be_zero, **at_most):
 
 def images_per_pass(args, images, world):
     """By --micro-batch-size; SystemExit unless processes share the batch, and passes a process's, evenly."""
+    if not images:
+        sys.exit(f"--data {args.data}: no images found")
     if not 2 <= args.batch_size <= images or args.batch_size % world:
         allowed = f"give a multiple of {world}, from 2 to {images}, the images in {args.data}"
         sys.exit(f"--batch-size {args.batch_size}: {allowed}")

@@ -772,7 +772,7 @@ def test_bad_data(module, folder, tmp_path):
     refused(module, r"^--data nowhere: no folder, no download .*folder, or demo", data="nowhere")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/readme.txt").write_text("nothing here")
-    refused(module, r"--batch-size 8: .* from \d to 0, the images in empty", data="empty")
+    refused(module, r"^--data empty: no images found", data="empty")
     (tmp_path / "file").write_text("")
     words = "^file: .*exists: 'file': .*give another --run-dir"
     refused(module, words, data=str(folder), run_dir="file")
