@@ -27,10 +27,12 @@ import contextlib
 import csv
 import io
 import json
+import logging
 import math
 import os
 import random
 import re
+import sys
 import time
 import zlib
 from dataclasses import asdict, dataclass, replace
@@ -90,7 +92,7 @@ class Args:
     rand_augment: bool = False  # finetune: torchvision's RandAugment after crop and flip (MAE: timm's)
     workers: int = 2  # processes that read images, for each training process
     seed: int = 0  # of all random numbers
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is one
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on cuda, off elsewhere
 
 
@@ -106,6 +108,9 @@ def say(words):
 
 
 # --- Labels -------------------------------------------------------------------------------------------------
+DEMO_CLASSES = ("house", "tree", "car", "boat", "cat", "mushroom", "cup", "key", "bird", "flower")
+
+
 class Labelled(NamedTuple):
     """n images and what is known of them. A group is never split between learning and testing."""
 
@@ -124,7 +129,7 @@ def read_labels(data, labels_csv="", group_pattern=""):
         rows = folder_rows(data)
     elif data == "demo":
         items = [*range(4096), *range(10**6, 10**6 + 2048)]
-        rows = [(item, list(WORLD)[demo_image(item)[1]], "", item >= 4096) for item in items]
+        rows = [(item, DEMO_CLASSES[demo_image(item)[1]], "", item >= 4096) for item in items]
     else:
         rows = torchvision_rows(data)
 
@@ -182,27 +187,9 @@ def check_learnable(data, source):
         say(f"{source}: never learnt where they are tested, so never right: {', '.join(names)}")
 
 
-def image_paths(folder):
-    """Paths of the images below a folder, sorted; SystemExit if there are none. Links are followed, but no
-    folder counts twice; what begins with . or @ is no photo (.ipynb_checkpoints, ._IMG.jpg, @eaDir)."""
-    paths, entered, root, hidden = [], set(), os.path.realpath(folder), (".", "@", "__MACOSX")
-    for at, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(at)
-        below = os.path.relpath(real, root)
-        by_link = real != os.path.normpath(os.path.join(root, os.path.relpath(at, folder)))
-        reached = not any(part.startswith(hidden) for part in below.split(os.sep))  # without links, too
-        if real in entered or (by_link and reached):
-            folders.clear()
-            continue
-
-        entered.add(real)
-        folders[:] = [name for name in folders if not name.startswith(hidden)]
-        images = [name for name in names if name.lower().endswith(IMAGE_ENDINGS)]
-        paths += [os.path.join(at, name) for name in images if not name.startswith(hidden)]
-
-    if not paths:
-        raise SystemExit(f"--data {folder}: {'no images found' if os.path.isdir(folder) else 'is no folder'}")
-    return sorted(paths)
+def folder_items(folder):
+    """Paths of the images below a folder."""
+    return [os.fsdecode(path) for path in image_paths(folder)]
 
 
 TESTS = ("val", "valid", "validation", "test", "testing")
@@ -225,7 +212,7 @@ def folder_rows(data):
     words = "has no train/ beside val/ or test/: one image in five is for testing, of groups 5 folds"
     say(f"--data {data}: " + (f"learns from {splits[0]}, tests on {splits[1]}" if splits else words))
     for root in splits or (data,):
-        paths = image_paths(root)
+        paths = folder_items(root)
         above = root if splits else os.path.commonpath([os.path.dirname(path) for path in paths])
         for path in paths:
             name = os.path.relpath(path, above)
@@ -386,7 +373,7 @@ class Pictures(Dataset):
 
     def __init__(self, items, side, crop=None, min_scale=1.0):
         self.items, self.side, self.crop, self.key = items, side, crop, (0, 0)
-        self.reading = (side, min_scale) if crop else (1.15 * side, 1.0)
+        self.shortest = side / (0.75 * min_scale) ** 0.5 if crop else 1.15 * side
 
     def __len__(self):
         return len(self.items)
@@ -395,7 +382,7 @@ class Pictures(Dataset):
         item = self.items[index]
         try:
             if isinstance(item, str):
-                image = read_image(item, *self.reading)
+                image = read_image(item, self.shortest)
             else:
                 image = demo_image(item)[0] if isinstance(item, int) else item[0][item[1]][0].convert("RGB")
         except Exception:  # whatever a decoder raises
@@ -717,7 +704,6 @@ def held_out_score(scores, labels):
 def logreg(features, labels, groups, classes, seed=0, device="cpu"):
     """Softmax regression on standardised features, its penalty, of 10^-5 .. 10, the best in 5 folds of the
     groups, or above 2,000 labels on a tenth of them. Returns weight (D, C), bias (C,), what was chosen."""
-    device = "cpu" if torch.device(device).type == "mps" else device  # which has no float64
     kept = torch.float64 if features.numel() < 2**27 else torch.float32  # ImageNet's are 10 GB as float32
     deviation, mean = (part.to(device) for part in torch.std_mean(features, dim=0))
     x = features.to(device, kept, copy=True).sub_(mean).div_(deviation + 1e-6)
@@ -968,7 +954,7 @@ def evaluate(args: Args) -> dict:
     zero = "labels side epochs weight_decay workers seed warmup_epochs drop_path label_smoothing mixup cutmix"
     at_most = dict.fromkeys(("min_scale", "layer_decay", "drop_path", "label_smoothing"), 1)
     at_most["warmup_epochs"] = args.epochs or (30 if args.mode == "finetune" else 100)
-    check_flags(replace(args, layers=()), zero.split(), **at_most)
+    check_flags(replace(args, layers=()), zero, at_most)
     for mode, names in ONLY_IN.items():
         for name in names.split() if mode != args.mode else ():
             if getattr(args, name) != getattr(Args, name):
@@ -1091,7 +1077,7 @@ def tell_results(args, results, name):
 def export_features(args, device, amp):
     """features.pt: features (n, D), NaN where an image cannot be read, and items: paths of images, which need
     no labels, or indices in a data set, first all for training."""
-    items = image_paths(args.data) if os.path.isdir(args.data) else read_labels(args.data).items
+    items = folder_items(args.data) if os.path.isdir(args.data) else read_labels(args.data).items
     backbone = load_backbone(args.backbone, args.seed, args.side, args.feature, args.layers)
     save_result(args, "features.pt")
     if args.backbone.startswith("random:"):
@@ -1121,7 +1107,7 @@ def predict(args, device, amp):
     if head["network"]:
         backbone.net.load_state_dict(head["network"])
 
-    items = image_paths(args.data)
+    items = folder_items(args.data)
     save_result(args, "predictions.csv")
     features = extract_features(backbone, Pictures(items, backbone.side), args.workers, device, amp)
     probability = torch.softmax(features @ weight + bias, dim=1)
@@ -1162,42 +1148,84 @@ def follow(args, device, amp):
 
 # --- Plumbing -----------------------------------------------------------------------------------------------
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-WORLD = dict(house=0x183C7EFFFF7E6666, tree=0x183C7E3C7EFF1818, car=0x3C2CFFFFFF6600, boat=0x101814161EFF7E3C)
-WORLD |= dict(cat=0x81C3FF99FF7E3C18, mushroom=0x3C7EFFFF18181C3C, cup=0x00FCFEFEFCFC7800)
-WORLD |= dict(key=0x1C22221C08180C08, bird=0x060FC67EFE7C1018, flower=0x185A3C185ADB7E18)  # 8 x 8 bitmaps
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+THINGS = (0x183C7EFFFF7E6666, 0x183C7E3C7EFF1818, 0x3C2CFFFFFF6600, 0x101814161EFF7E3C, 0x81C3FF99FF7E3C18)
+THINGS += (0x3C7EFFFF18181C3C, 0xFCFEFEFCFC7800, 0x1C22221C08180C08, 0x60FC67EFE7C1018, 0x185A3C185ADB7E18)
+IMAGE_ENDINGS = (b".jpg", b".jpeg", b".png", b".bmp", b".webp", b".tif", b".tiff")
 
 
 def demo_image(index):
-    """Photo `index` of a small built-in world: 48 x 48 RGB, its class 0..9, its caption."""
+    """Photo `index` of a small world, 48 x 48, and its class: one of ten THINGS, from a house to a flower."""
     rng = random.Random(index)
     label, scale, light = rng.randrange(10), rng.uniform(0.35, 0.9), rng.uniform(0.35, 1.0)
-    name, bitmap = list(WORLD.items())[label]
-    thing = Image.frombytes("1", (8, 8), bitmap.to_bytes(8, "big")).convert("L")
+    thing = Image.frombytes("1", (8, 8), THINGS[label].to_bytes(8, "big")).convert("L")
     thing = thing.resize((round(48 * scale),) * 2, Image.BICUBIC)
     thing = thing.rotate(rng.uniform(-25, 25), Image.BICUBIC, expand=True)
-    x, y = (rng.randint(*sorted((0, 48 - side))) for side in thing.size)
+    corner = tuple(rng.randint(*sorted((0, 48 - side))) for side in thing.size)
     image = Image.new("RGB", (48, 48), (180, 205, 235))
-    image.paste(((140, 70, 50), (50, 105, 60), (95, 75, 150))[label % 3], (x, y), thing)
+    image.paste(((140, 70, 50), (50, 105, 60), (95, 75, 150))[label % 3], corner, thing)
     image = Image.blend(Image.new("RGB", (48, 48)), image, light)
     noise = Image.frombytes("L", (48, 48), rng.randbytes(48 * 48)).convert("RGB")
-    size, side = "big" if scale > 0.625 else "small", "left" if x + thing.width / 2 < 24 else "right"
-    caption = f"a {size} {name} on the {side} {'by day' if light > 0.675 else 'at dusk'}"
-    return Image.blend(image, noise, 0.25), label, caption
+    return Image.blend(image, noise, 0.25), label
 
 
-def read_image(path, image_size, min_scale):
-    """Any photo as upright 8-bit RGB. A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size if even then the
-    smallest crop (min_scale of the area, aspect 3/4) has image_size pixels a side."""
+def image_paths(folder):
+    """Paths of the images below a folder, sorted: an array of bytes, which workers share, with room for any
+    name. Hidden (.thumbnails, ._IMG.jpg, @eaDir) is no photo; links are followed where nothing else leads."""
+    files, entered, waiting, hidden = [], set(), [os.fsencode(folder)], (b".", b"@", b"__MACOSX")
+    while waiting:  # first without links
+        for at, folders, names in os.walk(waiting.pop(0)):
+            if os.path.realpath(at) in entered:
+                folders.clear()
+                continue
+            entered.add(os.path.realpath(at))
+            folders[:] = sorted(name for name in folders if not name.startswith(hidden))
+            waiting += [link for name in folders if os.path.islink(link := os.path.join(at, name))]
+            files += [os.path.join(at, name) for name in names if not name.startswith(hidden)]
+
+    images = [file for file in files if file.lower().endswith(IMAGE_ENDINGS)]
+    if not images:
+        found = b" ".join(sorted({os.path.splitext(file)[1] for file in files})).decode(errors="replace")
+        readable = b" ".join(IMAGE_ENDINGS).decode()
+        words = "no images found" if os.path.isdir(folder) else "there is no such folder"
+        sys.exit(f"--data {folder}: {words}; reads {readable}, found {found or 'nothing'}")
+    return np.array(sorted(images))
+
+
+def stretched(image):
+    """A picture of one deep band -> 8 bits: what is finite and not nodata, from its .1 to 99.9 percentile."""
+    values = np.asarray(image, dtype=np.float64)
+    nodata = float(getattr(image, "tag_v2", {}).get(42113, -9999))  # GDAL's tag, and the custom
+    valid = np.isfinite(values) & ~np.isclose(values, nodata, rtol=1e-6, atol=0)
+    low, high = np.percentile(values[valid], (0.1, 99.9)) if valid.any() else (0, 0)
+    if low == high and valid.any():
+        low, high = values[valid].min(), values[valid].max()
+    if low == high:
+        return Image.new("L", image.size, 128)
+    values = np.where(valid, values, low).clip(low, high)
+    return Image.fromarray(np.uint8((values - low) / (high - low) * 255 + 0.5))
+
+
+def read_image(file, shortest):
+    """Any photo, a path or an open file, as upright 8-bit RGB, on white where it is transparent. A large JPEG
+    is decoded smaller, no side below `shortest` pixels. Uses stretched."""
+    if not hasattr(file, "read"):
+        with open(file, "rb") as opened:  # by its path a raw TIFF would be mapped, and turned wrongly
+            return read_image(opened, shortest)
     Image.MAX_IMAGE_PIXELS = None  # phones make 200 megapixels
-    with open(path, "rb") as file:  # by its path a raw TIFF would be mapped into memory, and turned wrongly
-        image = Image.open(file)
-        shrink = max(1, min(*image.size, math.sqrt(0.75 * min_scale * math.prod(image.size))) / image_size)
-        image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda value: value / 257)  # 16 bits, which convert() would clip
-    return image.convert("RGB")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # of a broken file we say more
+    image = Image.open(file)
+    if image.width * image.height > 2**28:
+        raise ValueError(f"claims to have {image.width} x {image.height} pixels")
+    image.draft(None, (math.ceil(shortest),) * 2)
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+
+    if image.mode[0] in "IF":
+        image = stretched(image)
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def random_crop(size, min_scale, max_scale=1.0):
@@ -1217,34 +1245,35 @@ def resnet(arch, stem):
     return net, width
 
 
-def check_flags(args, may_be_zero, **at_most):
-    """SystemExit unless all numbers are above 0, or 0 if in may_be_zero, and at most at_most[name]."""
+def check_flags(args, may_be_zero, at_most):
+    """SystemExit unless all numbers are above 0, or 0 if named in may_be_zero, and at most at_most[name]."""
+    may_be_zero += " epochs micro_batch_size weight_decay warmup_epochs workers seed save_minutes"
     for name, value in asdict(args).items():
-        least, limit = 0 if name in may_be_zero else 1e-12, 2**63 - 1 if name == "seed" else 1e99
-        most = at_most.get(name, limit)
-        numbers = [x for x in (value if isinstance(value, tuple) else [value]) if type(x) in (int, float)]
-        if not all(least <= number <= most for number in numbers):
-            allowed = ("above 0" if least else "0 or more") + (f", at most {most}" if most < 1e99 else "")
-            raise SystemExit(f"--{name.replace('_', '-')} {value}: must be {allowed}")
+        for number in value if isinstance(value, tuple) else [value]:
+            least, most = 0 if name in may_be_zero.split() else 1e-12, at_most.get(name, 2**63 - 1)
+            if type(number) in (int, float) and not least <= number <= most:
+                allowed = f"{'above' if least else 'at least'} 0 and at most {most}"
+                sys.exit(f"--{name.replace('_', '-')} {value}: must be {allowed}")
 
 
 def start_processes(device, amp):
     """From torchrun's environment: rank, number of processes, device, autocast type (None: float32)."""
     rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    mps = torch.backends.mps.is_available() and world < 2  # gloo cannot gather its tensors
-    here = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
-    kind = next(kind for kind in here if here[kind]) if device == "auto" else device
-    if not here[kind]:
-        raise SystemExit(f"--device {kind}: PyTorch finds none on this machine; use --device auto")
-    if kind == "cuda":
+    if world > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        sys.exit(f"WORLD_SIZE is {world}, without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: use torchrun")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
         if local >= torch.cuda.device_count():
-            raise SystemExit(f"process {local + 1} of this machine has no GPU; lower --nproc-per-node")
+            sys.exit(f"--device cuda: no GPU for process {local} of this machine; use --device cpu")
         torch.cuda.set_device(local)
     if world > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    auto = "off" if kind != "cuda" else "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[auto if amp == "auto" else amp]
-    return rank, max(world, 1), torch.device(kind, local if kind == "cuda" else 0), dtype
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+
+    if amp == "auto" and device == "cuda":
+        amp = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+    return rank, max(world, 1), torch.device(device, local if device == "cuda" else 0), dtype
 
 
 def cosine_schedule(step, total, warmup, base, final=0.0):

@@ -25,7 +25,9 @@ incomplete batch. Processes give loss and gradient of one; BatchNorm is synchron
 
 import contextlib
 import hashlib
+import io
 import json
+import logging
 import math
 import os
 import random
@@ -34,12 +36,12 @@ import sys
 import threading
 import time
 import traceback
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -245,7 +247,7 @@ def monitor(z, h, temperature, first):
 # --- Training -----------------------------------------------------------------------------------------------
 def train(args: Args) -> dict:
     """Pretrain in the run folder, from its checkpoint if it has one; returns the last metrics."""
-    check_flags(args, may_be_zero="jitter_strength blur", min_scale=1, blur=1)
+    check_flags(args, may_be_zero="jitter_strength blur", at_most={"min_scale": 1, "blur": 1})
     rank, world, device, amp = start_processes(args.device, args.amp)
     crop = random_crop(args.image_size, args.min_scale)
     shortest = args.image_size / (0.75 * args.min_scale) ** 0.5  # even a crop of 3 : 4 is not enlarged
@@ -269,22 +271,22 @@ def train(args: Args) -> dict:
     groups += [{"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
     if args.optimizer == "lars":
         optimizer = LARS(groups, peak_lr)
-    else:  # fused, it has no momentum yet if the first float16 step overflows
+    else:  # in float16 not fused: that cannot skip its first step, before it has any momentum
         optimizer = torch.optim.SGD(groups, peak_lr, momentum=0.9, nesterov=True, fused=amp != torch.float16)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
 
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}  # all that a checkpoint holds
-    run = open_run(args, "simclr", parts, len(data.items), amp)
-    facts = {"builder": "torchvision.resnet", "arch_args": {"arch": args.arch, "stem": args.stem}}
-    facts["feature_dim"] = model.projector[0].in_features
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    run = open_run(args, "simclr", parts, len(data.items), amp)  # loads its checkpoint into the parts
     step = run.step
     alarm_from = max(warmup, min(500, total // 5))
+    facts = {"builder": "torchvision.resnet", "arch_args": {"arch": args.arch, "stem": args.stem}}
+    facts["feature_dim"] = model.projector[0].in_features
     if args.compile:
         model.compile()
     net = model
     if world > 1:
         net = nn.parallel.DistributedDataParallel(model)
-        net.broadcast_buffers = False  # no step uses them; as an argument torch 2.14 warns of it
+        net.broadcast_buffers = False  # BatchNorm's; given as an argument, torch 2.14 warns of it
 
     keys = data.batches(args.batch_size, step, args.epochs, rank, world)
     workers = {"num_workers": args.workers, "worker_init_fn": ignore_signals}
@@ -301,8 +303,8 @@ def train(args: Args) -> dict:
         z = z.to(torch.promote_types(z.dtype, torch.float32))  # processes add up its gradient
         return z.unflatten(0, (-1, 2)), h.unflatten(0, (-1, 2))
 
-    with guarded(run, total) as signals:
-        for *crops, _ in loader:
+    with guarded(run, total) as signals:  # adds run.bar and run.save_at
+        for *crops, _ in loader:  # all epochs that are left
             lr = cosine_schedule(step, total, warmup, peak_lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -317,19 +319,19 @@ def train(args: Args) -> dict:
                 torchvision.utils.save_image(images[:32], run.folder / "views.png")
 
             chunks = ((images - mean) / std).split(2 * micro)  # two views of an image
-            cached = len(chunks) > 1  # by --micro-batch-size: z without a graph, then its gradient by chunks
-            with torch.set_grad_enabled(not cached):
+            two_passes = len(chunks) > 1  # all z without a graph, later each chunk again (arXiv 2101.06983)
+            with torch.set_grad_enabled(not two_passes):
                 embedded = [embed(chunk) for chunk in chunks]
             z, h = (torch.cat(rows) for rows in zip(*embedded, strict=True))
-            z.requires_grad_()
+            z.requires_grad_()  # in two passes a leaf, with its own gradient
             every_z = gather(z)  # of all processes; its backward sums over them, and DDP takes the mean
             loss = nt_xent(every_z[:, 0], every_z[:, 1], args.temperature, args.negatives)
 
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            if cached:  # only z has its gradient so far: embed again, chunk by chunk (arXiv 2101.06983)
+            if two_passes:  # so far z alone has a gradient
                 for i, (chunk, grad) in enumerate(zip(chunks, z.grad.split(micro), strict=True)):
-                    net.require_backward_grad_sync = i == len(chunks) - 1  # DDP sums once a step
+                    net.require_backward_grad_sync = i == len(chunks) - 1  # DDP's mean, once a step
                     embed(chunk)[0].backward(grad)
 
             step += 1
@@ -358,7 +360,8 @@ def train(args: Args) -> dict:
 # --- Plumbing -----------------------------------------------------------------------------------------------
 THINGS = (0x183C7EFFFF7E6666, 0x183C7E3C7EFF1818, 0x3C2CFFFFFF6600, 0x101814161EFF7E3C, 0x81C3FF99FF7E3C18)
 THINGS += (0x3C7EFFFF18181C3C, 0xFCFEFEFCFC7800, 0x1C22221C08180C08, 0x60FC67EFE7C1018, 0x185A3C185ADB7E18)
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+IMAGE_ENDINGS = (b".jpg", b".jpeg", b".png", b".bmp", b".webp", b".tif", b".tiff")
+TESTS = ("val", "valid", "validation", "test", "testing")
 NOT_TRAINING = ("workers", "device", "compile", "run_dir", "log_every", "save_minutes")
 
 
@@ -377,16 +380,64 @@ def demo_image(index):
     return Image.blend(image, noise, 0.25), label
 
 
-def read_image(path, shortest):
-    """Any photo as upright 8-bit RGB; a large JPEG is decoded smaller, no side below `shortest` pixels."""
+def image_paths(folder):
+    """Paths of the images below a folder, sorted: an array of bytes, which workers share, with room for any
+    name. Hidden (.thumbnails, ._IMG.jpg, @eaDir) is no photo; links are followed where nothing else leads."""
+    files, entered, waiting, hidden = [], set(), [os.fsencode(folder)], (b".", b"@", b"__MACOSX")
+    while waiting:  # first without links
+        for at, folders, names in os.walk(waiting.pop(0)):
+            if os.path.realpath(at) in entered:
+                folders.clear()
+                continue
+            entered.add(os.path.realpath(at))
+            folders[:] = sorted(name for name in folders if not name.startswith(hidden))
+            waiting += [link for name in folders if os.path.islink(link := os.path.join(at, name))]
+            files += [os.path.join(at, name) for name in names if not name.startswith(hidden)]
+
+    images = [file for file in files if file.lower().endswith(IMAGE_ENDINGS)]
+    if not images:
+        found = b" ".join(sorted({os.path.splitext(file)[1] for file in files})).decode(errors="replace")
+        readable = b" ".join(IMAGE_ENDINGS).decode()
+        words = "no images found" if os.path.isdir(folder) else "there is no such folder"
+        sys.exit(f"--data {folder}: {words}; reads {readable}, found {found or 'nothing'}")
+    return np.array(sorted(images))
+
+
+def stretched(image):
+    """A picture of one deep band -> 8 bits: what is finite and not nodata, from its .1 to 99.9 percentile."""
+    values = np.asarray(image, dtype=np.float64)
+    nodata = float(getattr(image, "tag_v2", {}).get(42113, -9999))  # GDAL's tag, and the custom
+    valid = np.isfinite(values) & ~np.isclose(values, nodata, rtol=1e-6, atol=0)
+    low, high = np.percentile(values[valid], (0.1, 99.9)) if valid.any() else (0, 0)
+    if low == high and valid.any():
+        low, high = values[valid].min(), values[valid].max()
+    if low == high:
+        return Image.new("L", image.size, 128)
+    values = np.where(valid, values, low).clip(low, high)
+    return Image.fromarray(np.uint8((values - low) / (high - low) * 255 + 0.5))
+
+
+def read_image(file, shortest):
+    """Any photo, a path or an open file, as upright 8-bit RGB, on white where it is transparent. A large JPEG
+    is decoded smaller, no side below `shortest` pixels. Uses stretched."""
+    if not hasattr(file, "read"):
+        with open(file, "rb") as opened:  # by its path a raw TIFF would be mapped, and turned wrongly
+            return read_image(opened, shortest)
     Image.MAX_IMAGE_PIXELS = None  # phones make 200 megapixels
-    with open(path, "rb") as file:  # by its path a raw TIFF would be mapped into memory, and turned wrongly
-        image = Image.open(file)
-        image.draft(None, (math.ceil(shortest),) * 2)
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda value: value / 257)  # 16 bits, which convert() would clip
-    return image.convert("RGB")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # of a broken file we say more
+    image = Image.open(file)
+    if image.width * image.height > 2**28:
+        raise ValueError(f"claims to have {image.width} x {image.height} pixels")
+    image.draft(None, (math.ceil(shortest),) * 2)
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+
+    if image.mode[0] in "IF":
+        image = stretched(image)
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def seeded(*integers):
@@ -401,42 +452,73 @@ def ignore_signals(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def open_data(data):
+    """What --data names, to be indexed: pairs (image, label), rows of Arrow {"image": ...}, or paths."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if data == "demo":
+        return [demo_image(index) for index in range(4096)]
+    if os.path.isdir(data) and {"dataset_info.json", "dataset_dict.json"} & {*os.listdir(data)}:
+        try:
+            import datasets  # Hugging Face's; its files are mapped, workers copy nothing
+
+            rows = datasets.load_from_disk(data)
+            rows = rows["train"] if isinstance(rows, dict) else rows
+            return rows.select_columns("image").cast_column("image", datasets.Image(decode=False))
+        except Exception as error:
+            sys.exit(f"--data {data}: needs `pip install datasets`, a column image, a split train ({error})")
+
+    if os.path.isdir(data):
+        paths, names = image_paths(data), os.listdir(data)
+        has_train = {"train", "training"} & {name.lower() for name in names}
+        for name in [name for name in names if has_train and name.lower() in TESTS]:
+            is_test = np.char.startswith(paths, os.fsencode(os.path.join(data, name, "")))
+            paths = paths[~is_test]
+            if rank == 0:
+                print(f"{is_test.sum()} images in {os.path.join(data, name)} are left out")
+        return paths
+
+    if rank > 0:
+        dist.barrier()  # process 0 downloads, then the others read
+    try:
+        pairs = getattr(torchvision.datasets, data)("data", download=True)
+    except Exception as error:
+        words = f"no such folder, no download by torchvision ({' '.join(str(error).split())})"
+        sys.exit(f"--data {data}: {words}; give a folder, or demo")
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
+    return pairs
+
+
 class Images(Dataset):
     """Images of --data; item epoch x n + index is (*views, index), random by that key alone: what functions
     `views` make of a uint8 image (3, H, W), read with at least `shortest` pixels a side."""
 
     def __init__(self, args, views, shortest):
         self.args, self.views, self.shortest = args, views, shortest
-        if args.data == "demo":
-            self.items = [demo_image(index) for index in range(4096)]
-        elif os.path.isdir(args.data):
-            train = os.path.join(args.data, "train")
-            walk = os.walk(train if os.path.isdir(train) else args.data, followlinks=True)
-            files = sorted(os.path.join(at, name) for at, _, names in walk for name in names)
-            self.items = [file for file in files if file.lower().endswith(IMAGE_ENDINGS)]
-        else:
-            others = dist.is_initialized() and dist.get_rank() > 0
-            if others:
-                dist.barrier()  # process 0 downloads, then the others read
-            try:
-                self.items = getattr(torchvision.datasets, args.data)("data", download=True)
-            except Exception as error:  # no such name, no network
-                sys.exit(f"--data {args.data}: no folder, no download ({error}). Give a folder, or demo")
-            if dist.is_initialized() and not others:
-                dist.barrier()
+        self.items, self.broken = open_data(args.data), set()
 
     def __getitem__(self, key):
         for number in range(key, key + 100):
-            item = index = number % len(self.items)
+            index = number % len(self.items)
+            name = f"{self.args.data}[{index}]"
             try:
                 item = self.items[index]
-                image = read_image(item, self.shortest) if isinstance(item, str) else item[0].convert("RGB")
+                if isinstance(item, bytes):
+                    name = item.decode(errors="backslashreplace")
+                    image = read_image(item, self.shortest)
+                elif isinstance(item, dict):
+                    image = read_image(io.BytesIO(item["image"]["bytes"]), self.shortest)
+                else:
+                    image = item[0].convert("RGB")
                 torch.default_generator.manual_seed(seeded(1, self.args.seed, key).initial_seed())
                 pixels = v2.functional.pil_to_tensor(image)  # resizes 3 x as fast as PIL, alike to 2 of 255
                 return *(view(pixels) for view in self.views), index
             except Exception as error:  # whatever a decoder raises
-                warnings.warn(f"{item} cannot be read, the next one takes its place: {error}", stacklevel=2)
-        raise OSError(f"--data: 100 files in a row cannot be read, the last is {item}")
+                if index not in self.broken:
+                    words = str(error).partition(" <")[0]  # without the name of Pillow's object
+                    tqdm.write(f"{name} cannot be read, the next takes its place: {words}", sys.stderr)
+                self.broken.add(index)
+        raise OSError(f"--data: 100 files in a row cannot be read, the last is {name}")
 
     def batches(self, batch_size, step, epochs, rank, world):
         """Keys of this process's slice of each global batch from `step` on; an epoch drops its rest."""
@@ -448,7 +530,7 @@ class Images(Dataset):
             step = 0
 
 
-def check_flags(args, may_be_zero, **at_most):
+def check_flags(args, may_be_zero, at_most):
     """SystemExit unless all numbers are above 0, or 0 if named in may_be_zero, and at most at_most[name]."""
     may_be_zero += " epochs micro_batch_size weight_decay warmup_epochs workers seed save_minutes"
     for name, value in asdict(args).items():
@@ -461,8 +543,6 @@ def check_flags(args, may_be_zero, **at_most):
 
 def images_per_pass(args, images, world):
     """By --micro-batch-size; SystemExit unless processes share the batch, and passes a process's, evenly."""
-    if not images:
-        sys.exit(f"--data {args.data}: no images found")
     if not 2 <= args.batch_size <= images or args.batch_size % world:
         allowed = f"give a multiple of {world}, from 2 to {images}, the images in {args.data}"
         sys.exit(f"--batch-size {args.batch_size}: {allowed}")
@@ -563,12 +643,8 @@ def open_run(args, method, parts, images, amp):
         run.per_epoch = images // args.batch_size
         if run.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / f"args.json.{os.getpid()}.tmp"
-            try:
-                temporary.write_text(json.dumps(record | {"torch": torch.__version__}, indent=1))
-                os.replace(temporary, folder / "args.json")
-            finally:
-                temporary.unlink(missing_ok=True)
+            if not (folder / "args.json").exists():
+                (folder / "args.json").write_text(json.dumps(record | {"torch": torch.__version__}, indent=1))
             with open(folder / "metrics.jsonl", "a") as log:
                 log.truncate(min(log.tell(), run.logged))  # what came after the checkpoint is done again
             print(f"{images} images in {args.data}. Run folder {folder}, step {run.step}")
@@ -688,7 +764,7 @@ def save_run(run, step, encoder, **facts):
     if run.rank > 0 or step == run.step and (run.folder / "checkpoint.pt").exists():
         return
     weights = {name: tensor.cpu() for name, tensor in encoder.items()}
-    if not all(tensor.isfinite().all() for tensor in weights.values()):
+    if not all(tensor.isfinite().all() for tensor in weights.values()):  # a skipped float16 step can do that
         sys.exit(f"step {step}: a weight is not finite, nothing is saved; lower --base-lr")
     facts |= {"method": run.method, "arch": run.args.arch, "image_size": run.args.image_size}
     facts |= {"mean": MEAN, "std": STD, "state_dict": weights}

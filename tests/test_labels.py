@@ -469,7 +469,7 @@ def test_folders_that_are_no_classes(tmp_path):
     fill(tmp_path / "c", ".store/cat/0.png", "dog/0.png", "elk/0.png")
     os.symlink(".store/cat", tmp_path / "c/cat")  # of a hidden folder, that is not reached otherwise
     assert read_labels(str(tmp_path / "c")).classes == ["cat", "dog", "elk"]
-    refused("--data .*/nowhere: is no folder", eval_linear.image_paths, str(tmp_path / "nowhere"))
+    refused("--data .*/nowhere: there is no such folder", eval_linear.image_paths, str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize("mark", [",", ";", "\t"])
