@@ -176,10 +176,11 @@ def mae_step(batch_size, rounds, image_size=32, patch_size=4):
 
         return step
 
-    hidden = mae.random_masking(torch.zeros(batch_size, (image_size // patch_size) ** 2, 1), 0.75)[1]
+    patches = (image_size // patch_size) ** 2
+    hidden = mae.random_masking(torch.zeros(batch_size, patches, 1), 0.75, torch.rand(batch_size, patches))[1]
 
     def loss_of(mask_ratio):
-        pred, mask = ours(images, mask_ratio)
+        pred, mask, _ = ours(images, mask_ratio, torch.rand(batch_size, patches))
         mask = mask if mask_ratio else hidden  # the same loss where the encoder has seen everything
         return mae.mae_loss(pred, mae.pixel_targets(images, patch_size, False)[0], mask)
 
@@ -194,13 +195,12 @@ def mae_step(batch_size, rounds, image_size=32, patch_size=4):
         batch_size,
         rounds,
     )
-    n = (image_size // patch_size) ** 2
 
     def multiply_adds(tokens, width, blocks):
         return blocks * (12 * tokens * width**2 + 2 * tokens**2 * width)
 
-    decoder = multiply_adds(n + 1, ddim, ddepth)
-    masked, full = (multiply_adds(1 + kept, dim, depth) + decoder for kept in (n // 4, n))
+    decoder = multiply_adds(patches + 1, ddim, ddepth)
+    masked, full = (multiply_adds(1 + kept, dim, depth) + decoder for kept in (patches // 4, patches))
     print(f"  multiply-adds of the blocks, all tokens / mask 0.75: {full / masked:.2f}")
 
 

@@ -2,9 +2,10 @@
 
 import copy
 import json
-import math
 import re
+from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ import tyro
 from conftest import ROOT, run_processes, tiny_args
 
 import byol
-from byol import BYOL, LARS, byol_loss, cosine_schedule, momentum_update
+from byol import BYOL, LARS, byol_loss, collapse_metrics, cosine_schedule, momentum_update, monitor
+
+DOUBLE = torch.float64
 
 
 def rows(*values):
@@ -54,16 +57,35 @@ def test_loss_is_lightly_s_up_to_its_factor():
     assert byol_loss(p, z).item() == pytest.approx(2 + 2 * NegativeCosineSimilarity()(p, z).item(), abs=1e-6)
 
 
+def test_loss_is_computed_in_float32_or_better():
+    p, z = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+    assert byol_loss(p, z).dtype == DOUBLE
+    low = byol_loss(p.bfloat16(), z.bfloat16())
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, byol_loss(p.bfloat16().float(), z.bfloat16().float()))
+
+
 # Schedules and the moving average: oracles 4, 5 and 6
 
 
-def test_momentum_and_learning_rate():
-    momenta = [cosine_schedule(step, 8, 0, 0.996, 1.0) for step in range(0, 9, 2)]
-    assert momenta == pytest.approx([0.996, 0.99658579, 0.998, 0.99941421, 1.0], abs=1e-8)
-    momenta = [cosine_schedule(step, 8, 0, 0.99, 1.0) for step in range(0, 9, 2)]
-    assert momenta == pytest.approx([0.99, 0.99146447, 0.995, 0.99853553, 1.0], abs=1e-8)
+@pytest.mark.parametrize(
+    "base, expected",
+    [(0.996, [0.996, 0.99658579, 0.998, 0.99941421]), (0.99, [0.99, 0.99146447, 0.995, 0.99853553])],
+)
+def test_momentum_of_a_run(folder, tmp_path, monkeypatch, base, expected):
+    """Of 8 steps; after them it would be 1."""
+    momenta, update = [], byol.momentum_update
+    monkeypatch.setattr(byol, "momentum_update", lambda *a: momenta.append(a[2]) or update(*a))
+    flags = {"epochs": 1, "batch_size": 5, "momentum": base, "image_size": 16}
+    metrics = byol.train(tiny_args("byol", data=str(folder), **flags, run_dir=str(tmp_path)))
+    assert len(momenta) == 8 and momenta[::2] == pytest.approx(expected, abs=1e-8)
+    assert metrics["byol/momentum"] == momenta[-1] == pytest.approx(1 - (1 - base) * 0.03806023, abs=1e-8)
+
+
+def test_learning_rate():
     total, warmup = 312784, 3127  # of the official code; ours drops each epoch's rest
     assert cosine_schedule(0, total, warmup, 3.2) == 0 and cosine_schedule(warmup, total, warmup, 3.2) == 3.2
+    assert cosine_schedule((total + warmup) / 2, total, warmup, 3.2) == pytest.approx(1.6)
 
 
 def test_momentum_update():
@@ -116,15 +138,6 @@ def test_heads_and_names():
     assert others == {"online", "target", "predictor"}
 
 
-@pytest.mark.parametrize("arch, last", [("resnet18", "bn2"), ("resnet50", "bn3")])
-def test_zero_init(arch, last):
-    weights = BYOL(arch, hidden_dim=8).online.named_parameters()
-    norms = {name: p for name, p in weights if f"{last}.weight" in name}
-    assert len(norms) == {"resnet18": 8, "resnet50": 16}[arch] and all(p.eq(0).all() for p in norms.values())
-    plain = BYOL(arch, hidden_dim=8, zero_init=False).state_dict()
-    assert all(plain[f"online.{name}"].eq(1).all() for name in norms)
-
-
 def test_target_is_a_copy_without_gradient():
     torch.manual_seed(0)
     model, x = BYOL("resnet18", hidden_dim=64), torch.randn(8, 3, 32, 32)
@@ -169,88 +182,251 @@ def test_optimiser_of_a_run(tmp_path, monkeypatch, base_lr, batch_size, peak):
     assert all(p.ndim > 1 for p in groups[0]["params"]) and all(p.ndim == 1 for p in groups[1]["params"])
 
 
-def test_views_order_of_the_step_and_statistics(folder, tmp_path, monkeypatch):
-    """Views by blur and solarization, and in the loss; target after the step, its BatchNorm statistics."""
-    numbers, views, augment, momenta, update = [], [], byol.augment, [], byol.momentum_update
-    steps, sgd, named, build, loss = [], torch.optim.SGD.step, [], byol.BYOL, byol.byol_loss
-    monkeypatch.setattr(torch.optim.SGD, "step", lambda *a, **k: steps.append("step") or sgd(*a, **k))
+@pytest.mark.parametrize(
+    "side, radius, blurs", [(32, 1, (0.3, 0.6)), (224, 11, (1.0, 0.1)), (32, 0, (0.0, 0.0))]
+)
+def test_recipe_of_a_run(folder, tmp_path, monkeypatch, side, radius, blurs):
+    """What augment gets: blur by each view's chance, 3 taps at 32 px and 23 at 224, solarization of the
+    second view alone; and what the network gets: one view, normalised, channels last."""
+    given = []
 
-    def spy_augment(images, drawn, *others):
-        numbers.append(drawn)
-        views.append(augment(images, drawn, *others))
-        return views[-1]
+    class Stop(Exception):
+        pass
+
+    def spy(images, u, *recipe):
+        given.append((u, *recipe))
+        return torch.tensor([0.25, 0.5]).repeat(8).view(-1, 1, 1, 1).expand_as(images).float()
+
+    def forward(self, images):
+        given.append(images)
+        raise Stop
+
+    monkeypatch.setattr(byol, "augment", spy)
+    monkeypatch.setattr(BYOL, "forward", forward)
+    flags = {"image_size": side, "blurs": blurs, "solarize": 0.7, "jitter": (0.1, 0.2, 0.3, 0.4), "seed": 5}
+    with pytest.raises(Stop):
+        byol.train(tiny_args("byol", data=str(folder), **flags, run_dir=str(tmp_path)))
+    (u, order, jitter, blur, blur_radius, solarize), images = given
+    assert torch.equal(u, torch.rand(8, 2, 9, generator=byol.seeded(3, 5, 0)).flatten(0, 1))
+    assert sorted(order[:4]) == [0, 1, 2, 3] and order[4:] == [4] and jitter == (0.1, 0.2, 0.3, 0.4)
+    assert blur.shape == solarize.shape == (16, 1, 1, 1) and blur_radius == radius
+    assert blur.flatten().tolist() == pytest.approx([*blurs] * 8)
+    assert solarize.flatten().tolist() == pytest.approx([0, 0.7] * 8)
+    assert images.shape == (8, 3, side, side) and images.is_contiguous(memory_format=torch.channels_last)
+    normal = (0.25 - torch.tensor(byol.MEAN)) / torch.tensor(byol.STD)
+    torch.testing.assert_close(images, normal.view(3, 1, 1).expand_as(images))
+
+
+@pytest.mark.parametrize("stop_gradient", [True, False])
+def test_order_of_the_step_and_statistics(folder, tmp_path, monkeypatch, stop_gradient):
+    """Each loss is of a prediction and the target of the other view; without the stop-gradient of the other
+    projection, with its gradient. The target moves after the step; its BatchNorm has its own statistics."""
+    seen, named, steps = [], [], []
+    augment, update, build, loss = byol.augment, byol.momentum_update, byol.BYOL, byol.byol_loss
+    sgd = torch.optim.SGD.step
+    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (byol.MEAN, byol.STD))
+
+    def spy_augment(*given):
+        images = augment(*given)
+        seen[:], named[:] = [((images - mean) / std)[i::2] for i in (0, 1)], []
+        return images
 
     def view(images):
-        return next(i for i in (0, 1) if torch.equal(images, views[len(views) - 2 + i]))
+        return next(i for i in (0, 1) if torch.equal(images, seen[i]))
 
     def spy_model(*arguments):
         model = build(*arguments)
-        model.register_forward_hook(lambda _, x, output: named.append((output[0], f"p{view(*x)}")))
+        names = "pz"  # of two outputs of the network
+        model.register_forward_hook(
+            lambda _, x, output: named.extend((output[i], f"{names[i]}{view(*x)}") for i in (0, 1))
+        )
         model.target.register_forward_hook(lambda _, x, output: named.append((output, f"t{view(*x)}")))
         return model
 
     def spy_loss(*pair):
-        steps.append(" ".join(next(name for output, name in named if output is tensor) for tensor in pair))
+        assert pair[0].requires_grad and pair[1].requires_grad != stop_gradient
+
+        def name_of(rows):  # at first the target gives what the online network does, without gradient
+            candidates = [(x, name) for x, name in named if x.requires_grad == rows.requires_grad]
+            return next(name for x, name in candidates if torch.equal(x, rows))
+
+        steps.append(" ".join(map(name_of, pair)))
         return loss(*pair)
 
-    def spy(online, target, m):
+    def spy_update(online, target, m):
         steps.append("update")
-        momenta.append(m)
-        before = copy.deepcopy(target.state_dict())
-        update(online, target, m)
         name = "backbone.conv1.weight"
-        expected = m * before[name] + (1 - m) * online.state_dict()[name]
+        before = copy.deepcopy(target.state_dict()[name])
+        update(online, target, m)
+        expected = m * before + (1 - m) * online.state_dict()[name]
         torch.testing.assert_close(target.state_dict()[name], expected)
 
-    for name, double in {"augment": spy_augment, "BYOL": spy_model, "byol_loss": spy_loss}.items():
-        monkeypatch.setattr(byol, name, double)
-    monkeypatch.setattr(byol, "momentum_update", spy)
-    flags = {"data": str(folder), "blurs": (1.0, 0.0), "solarize": 1.0, "hidden_dim": 32, "momentum": 0.9}
-    byol.train(tiny_args("byol", **flags, run_dir=str(tmp_path), zero_init=False))
-    first, second = numbers[:2]
-    assert (first[:, 5] > 0).all() and (second[:, 5] == 0).all()
-    assert (first[:, 6] == 0).all() and (second[:, 6] == 1).all()
-    assert steps == ["p0 t1", "p1 t0", "step", "update"] * 20
-    assert momenta == pytest.approx([1 - 0.1 * (math.cos(math.pi * k / 20) + 1) / 2 for k in range(20)])
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda *a, **k: steps.append("step") or sgd(*a, **k))
+    spies = {"augment": spy_augment, "BYOL": spy_model, "byol_loss": spy_loss, "momentum_update": spy_update}
+    for name, spy in spies.items():
+        monkeypatch.setattr(byol, name, spy)
+    flags = {"data": str(folder), "hidden_dim": 32, "momentum": 0.9, "stop_gradient": stop_gradient}
+    byol.train(tiny_args("byol", **flags, run_dir=str(tmp_path), epochs=2, warmup_epochs=0))
+    pairs = ["p0 t1", "p1 t0"] if stop_gradient else ["p0 z1", "p1 z0"]
+    assert steps == [*pairs, "step", "update"] * 10
+
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
     online, target = (state[f"{name}.backbone.bn1.running_mean"] for name in ("online", "target"))
     assert not torch.equal(online, target) and target.abs().max() > 0
-    assert state["online.backbone.bn1.num_batches_tracked"] == 40  # one pass for each view
-    assert state["target.backbone.bn1.num_batches_tracked"] == 40
+    assert state["online.backbone.bn1.num_batches_tracked"] == 20  # one pass for each view
+    assert state["target.backbone.bn1.num_batches_tracked"] == 20
     backbone = torch.load(tmp_path / "backbone.pt", weights_only=True)["state_dict"]
     assert all(torch.equal(tensor, state[f"online.backbone.{name}"]) for name, tensor in backbone.items())
 
 
-def test_two_processes_are_one(tmp_path):
-    """Loss and gradients; BatchNorm with its running statistics."""
-    code = """
-import torch, torch.distributed as dist
-import byol
-dist.init_process_group("gloo")
-rank, world = dist.get_rank(), dist.get_world_size()
-torch.manual_seed(0)
-model = byol.BYOL("resnet18", hidden_dim=32, proj_dim=16, zero_init=False).double().eval()
-views = torch.randn(2, 8, 3, 32, 32).double().chunk(world, dim=1)[rank]
-net = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-(p0, z0, _), (p1, _, _) = net(views[0]), net(views[1])
-with torch.no_grad():
-    t0, t1 = model.target(views[0]), model.target(views[1])
-loss = byol.byol_loss(p0.double(), t1) + byol.byol_loss(p1, t0)
-loss.backward()
-mean = byol.gather(loss.detach()[None]).mean()
-metrics = byol.collapse_metrics(z0)
-if rank == 0:
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    torch.save({"loss": mean, "grads": grads, "metrics": metrics}, f"result{world}.pt")
+def test_without_predictor_the_projection_predicts():
+    model = BYOL("resnet18", hidden_dim=8, predictor=False)
+    prediction, z, _ = model(torch.randn(4, 3, 32, 32))
+    assert prediction is z and not [name for name in model.state_dict() if name.startswith("predictor")]
+
+
+def test_the_target_starts_as_the_online_network_of_init(folder, tmp_path):
+    """Encoder of the file and projector; a run that goes on keeps its own target."""
+    flags = {"data": str(folder), "epochs": 0, "batch_size": 20}
+    byol.train(tiny_args("byol", **flags, seed=1, run_dir=str(tmp_path / "first")))
+    path = tmp_path / "first/backbone.pt"
+    byol.train(tiny_args("byol", **flags, init=str(path), run_dir=str(tmp_path / "second")))
+    model = torch.load(tmp_path / "second/checkpoint.pt", weights_only=True)["model"]
+    target = {name[7:]: tensor for name, tensor in model.items() if name.startswith("target.")}
+    assert len(target) > 120 and all(torch.equal(model[f"online.{name}"], target[name]) for name in target)
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    assert all(torch.equal(tensor, target[f"backbone.{name}"]) for name, tensor in saved.items())
+
+
+# The monitor
+
+
+def seen(z, target=None, first=None):
+    """Metrics and problems of projections (N, 2, D), with features that have nothing wrong."""
+    return monitor(z, z if target is None else target, torch.randn(len(z), 2, 32), first or {})
+
+
+def test_metrics_are_those_of_projections_and_of_centred_h():
+    z, target, h = torch.randn(3, 10, 2, 16, generator=torch.Generator().manual_seed(0))
+    metrics, problems = monitor(z, target + 1, h + 5, {})
+    of_z = [metrics[f"monitor/projection_{name}"] for name in ("std", "spread", "rank")]
+    assert of_z == pytest.approx([*collapse_metrics(z.flatten(0, 1)).values()]) and not problems
+    of_target = [metrics[f"monitor/target_{name}"] for name in ("std", "spread")]
+    assert of_target == pytest.approx([*collapse_metrics(target.flatten(0, 1) + 1).values()][:2])
+    for name, value in collapse_metrics(h.flatten(0, 1) + 5, center=True).items():
+        assert metrics[f"monitor/{name}"] == pytest.approx(value)
+
+
+def test_each_problem_appears_when_it_should():
+    """And its tag is one of the metrics, by which the alarm sees whether it mends."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(64, 2, 128, generator=generator)
+    alike = torch.ones(128) + 0.01 * z
+    flat = torch.linalg.qr(torch.randn(128, 128, generator=generator))[0]
+    low = {rank: z[..., :rank] @ flat[:rank] for rank in (2, 8)}
+    one_way, few = {"all projections point one way"}, {"projections fill few directions"}
+    cases = {
+        "healthy": (z, z, {}, set()),
+        "one way": (alike, z, {}, one_way | few),
+        "one way, the target": (z, alike, {}, {"all targets point one way"}),
+        "rank 2": (low[2], z, {}, few),
+        "rank 8 of 128": (low[8], z, {}, set()),
+        "rank 8, and 100 at first": (low[8], z, {"monitor/projection_rank": 100.0}, few),
+        "as at first": (z, z, {"monitor/projection_rank": 100.0}, set()),
+    }
+    for name, (online, target, first, expected) in cases.items():
+        metrics, problems = seen(online, target, first)
+        assert set(problems.values()) <= set(metrics), name
+        assert {words.split(";")[0] for words in problems} == expected, (name, problems)
+
+
+# Several processes: oracle 8
+
+
+def one_step(data, run_dir):
+    """train() for one step of 24 images, in float64, without BatchNorm's coupling and with the simplest
+    augmentation."""
+
+    class Fixed(BYOL):
+        def __init__(self, *shape):
+            super().__init__(*shape)
+            self.to(DOUBLE).eval()
+            for module in self.modules():
+                if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                    module.running_var.fill_(4.0)
+
+    def darker(images, u, *_):
+        return images.to(DOUBLE) / 255 * u[:, :1, None, None]
+
+    with mock.patch("byol.BYOL", Fixed), mock.patch("byol.augment", darker):
+        flags = {"batch_size": 24, "epochs": 1, "image_size": 16, "weight_decay": 0.0, "hidden_dim": 32}
+        byol.train(tiny_args("byol", data=str(data), run_dir=str(run_dir), **flags))
+
+
+def saved(run_dir):
+    """Weights, gradient, which is the first momentum, and metrics that one_step left."""
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    gradients = [buffer["momentum_buffer"] for buffer in state["optimizer"]["state"].values()]
+    return state["model"], gradients, state["recent"][0]
+
+
+def test_two_processes_are_one(folder, tmp_path):
+    """Loss, gradient and metrics of train() under DDP, of a ResNet with BatchNorm in eval mode: each process
+    has the loss of its own rows, and train/loss is the mean of both."""
+    code = f"""
+import os, torch, byol
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_byol import one_step
+losses, byol_loss = [], byol.byol_loss
+byol.byol_loss = lambda *a: losses.append(byol_loss(*a)) or losses[-1]
+one_step({str(folder)!r}, "two")
+torch.save(sum(losses).detach(), "loss" + os.environ["RANK"] + ".pt")
 """
+    run_processes(tmp_path, code)
+    one_step(folder, tmp_path / "one")
+    (weights, two, metrics), (initial, one, expected) = saved(tmp_path / "two"), saved(tmp_path / "one")
+    losses = [torch.load(tmp_path / f"loss{rank}.pt", weights_only=True).item() for rank in (0, 1)]
+    assert losses[0] != losses[1] and sum(losses) / 2 == pytest.approx(expected["train/loss"], abs=1e-12)
+    assert all(torch.equal(weights[name], initial[name]) for name in initial)
+    assert max((a - b).abs().max() for a, b in zip(two, one, strict=True)) < 1e-12
+    assert len(one) > 60 and max(g.abs().max() for g in one) > 1e-3
+    for tag in expected:
+        if tag != "perf/images_per_second":
+            assert metrics[tag] == pytest.approx(expected[tag], abs=1e-6), tag
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("lars", marks=pytest.mark.slow)])
+def test_training_is_the_same_in_processes(tmp_path, optimizer):
+    """train() itself for six steps, with a network without BatchNorm and all of the augmentation."""
+    code = f"""
+import sys, torch, byol
+from torch import nn
+class Scale(nn.BatchNorm1d):
+    def forward(self, x):
+        return x * self.weight + self.bias
+def small(arch, stem):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 32), nn.Tanh()), 32
+byol.resnet, byol.nn.BatchNorm1d = small, Scale
+args = byol.Args(
+    data="photos", image_size=32, batch_size=24, epochs=1, warmup_epochs=0.01, workers=0, log_every=1,
+    blurs=(0.9, 0.5), solarize=0.5, optimizer={optimizer!r}, base_lr=1.0, momentum=0.5, run_dir="RUN",
+)
+byol.train(args)
+"""
+    (tmp_path / "photos").mkdir()
+    for i in range(144):
+        byol.demo_image(i)[0].save(tmp_path / "photos" / f"{i:03d}.png")
+    curves = {}
     for n in (1, 2):
-        run_processes(tmp_path, code, n)
-    one, two = (torch.load(tmp_path / f"result{n}.pt", weights_only=True) for n in (1, 2))
-    assert one["loss"].item() == pytest.approx(two["loss"].item(), rel=1e-6)
-    assert len(one["grads"]) > 60
-    for name, grad in one["grads"].items():
-        torch.testing.assert_close(two["grads"][name], grad, atol=1e-6, rtol=1e-5)
-    assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-6)
+        run_processes(tmp_path, code.replace("RUN", f"run{n}"), n)
+        lines = (tmp_path / f"run{n}/metrics.jsonl").read_text().splitlines()
+        curves[n] = [json.loads(line) for line in lines]
+    assert len(curves[1]) == 6
+    for line, first in zip(curves[2], curves[1], strict=True):
+        for tag in ("train/loss", "train/lr", "train/grad_norm", "byol/momentum", "monitor/target_std"):
+            assert line[tag] == pytest.approx(first[tag], rel=2e-5), tag
+    losses = [line["train/loss"] for line in curves[1]]
+    assert losses[0] != pytest.approx(losses[-1], rel=1e-3)
 
 
 @pytest.mark.slow
@@ -277,6 +453,9 @@ if __name__ == "__main__":
     assert len(lines) == 5 and all(0 < line["train/loss"] < 8 for line in lines)
 
 
+# The paper's command
+
+
 def test_paper_command_is_the_sheet_s():
     command = re.search(r"torchrun --nnodes 4 --nproc-per-node 8 byol\.py(.*?)(?<!\\)\n", byol.__doc__, re.S)[
         1
@@ -287,5 +466,5 @@ def test_paper_command_is_the_sheet_s():
     assert (args.weight_decay, args.warmup_epochs, args.momentum) == (1.5e-6, 10, 0.996)
     assert (args.min_scale, args.jitter) == (0.08, (0.4, 0.4, 0.2, 0.1))
     assert (args.blurs, args.solarize) == ((1.0, 0.1), 0.2)
-    assert (args.hidden_dim, args.proj_dim, args.zero_init) == (4096, 256, True)
+    assert (args.hidden_dim, args.proj_dim, args.predictor, args.stop_gradient) == (4096, 256, True, True)
     assert args.base_lr * args.batch_size / 256 == pytest.approx(3.2)

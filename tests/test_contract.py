@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 import torchvision
 from conftest import ROOT, SECOND_EDITION, run, tiny_args
@@ -93,7 +94,8 @@ def assert_same_run(a, b):
 
 def copies_of(name, model):
     """Tensors of a model's state that backbone.pt has under this name: of its encoder and copies of it."""
-    return [tensor for ours, tensor in model.items() if ours == name or ours.endswith(f"backbone.{name}")]
+    names = tuple(f"{encoder}.{name}" for encoder in ("backbone", "encoder_q", "encoder_k"))
+    return [tensor for ours, tensor in model.items() if ours == name or ours.endswith(names)]
 
 
 def snapshot(folder):
@@ -481,6 +483,10 @@ def test_backbone_loads_where_it_was_built(module, whole):
         dim, net.fc = net.fc.in_features, torch.nn.Identity()
         net.load_state_dict(saved["state_dict"], strict=True)
         assert saved["feature_dim"] == dim
+    else:
+        net = getattr(timm.models, name)(**saved["arch_args"])
+        net.load_state_dict(saved["state_dict"], strict=True)
+        assert saved["feature_dim"] == net.num_features and saved["arch_args"]["num_classes"] == 0
 
     backbone = eval_linear.load_backbone(str(whole / "backbone.pt")).eval()
     features = backbone(torch.rand(2, 3, 32, 32) * 255)
@@ -685,9 +691,21 @@ def test_monitor_oracles(module):
     assert torch.equal(state, torch.get_rng_state()) and gauss.grad is None
 
 
+def random_targets(module, monkeypatch):
+    targets = module.pixel_targets
+    monkeypatch.setattr(
+        module, "pixel_targets", lambda *a: (torch.randn_like(targets(*a)[0]), *targets(*a)[1:])
+    )
+
+
 # For each safeguard the flags that remove it, or a control f(module, monkeypatch) that spoils the task, and
 # what the alarm says; half an epoch of small demo images is enough to see it.
-SAFEGUARDS = {"simclr": [({"negatives": False}, "directions|one way")]}
+SAFEGUARDS = {
+    "byol": [({"predictor": False}, "projections"), ({"stop_gradient": False}, "projections")],
+    "mae": [(random_targets, "no better than a mean")],
+    "moco": [({"negatives": False}, "directions|one way")],
+    "simclr": [({"negatives": False}, "directions|one way")],
+}
 SHORT = {
     "data": "demo",
     "epochs": 1,
@@ -696,14 +714,22 @@ SHORT = {
     "warmup_epochs": 0.1,
     "run_dir": "run",
 }
-FASTER = {"simclr": {"image_size": 16}}
+FASTER = {
+    # finds the constant in 32 steps, where a healthy run keeps 22 directions
+    "byol": {"image_size": 16, "base_lr": 0.24, "momentum": 0.5, "weight_decay": 1e-4, "hidden_dim": 256},
+    "mae": {"base_lr": 6e-3, "log_every": 1},
+    "moco": {"base_lr": 0.06},
+    "simclr": {"image_size": 16},
+}
+ON_PHOTOS = {"byol": FASTER["byol"]}
 
 
 @pytest.fixture(params=["demo", pytest.param("photos", marks=pytest.mark.slow)])
 def short(module, request, monkeypatch):
     """Flags of a run of 32 steps on the demo, or of 156 on photos."""
     if request.param == "photos":
-        return SHORT | {"data": str(request.getfixturevalue("photos")), "log_every": 3}
+        flags = SHORT | {"data": str(request.getfixturevalue("photos")), "log_every": 3}
+        return flags | ON_PHOTOS.get(module.__name__, {})
 
     class Half(module.Images):
         def __init__(self, *given):
@@ -800,7 +826,7 @@ def test_damaged_and_foreign_checkpoints(module, finished):
     path = Path("run/checkpoint.pt")
     whole, state = path.read_bytes(), load(path)
     tensors = state["model"]
-    tensor = next(name for name in tensors if tensors[name].ndim > 1)
+    tensor = next(name for name in tensors if tensors[name].ndim > 1 and len(tensors[name]) > 1)
     others = {
         "a tensor": torch.ones(3),
         "foreign": {"method": "another", "step": 3},

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import run, tiny_args
+from conftest import SECOND_EDITION, run, tiny_args
 from safetensors.torch import save_file
 from timm.models import VisionTransformer
 from timm.models.beit import Beit
@@ -751,7 +751,8 @@ def test_training_goes_on_from_an_official_file(folder, capsys):
         flags = {"data": str(folder), "epochs": 1, "init": f"{name}.pt", "run_dir": f"run-{name}"}
         flags |= {"patch_size": 8} if name != "moco" else {}
         assert module.train(tiny_args(name, **flags))["train/loss"] < 1e3
-        assert f"--init {name}.pt: new are" in capsys.readouterr().out
+        said = capsys.readouterr().out  # the second edition refuses what does not fit to the last tensor
+        assert name in SECOND_EDITION or f"--init {name}.pt: new are" in said
 
 
 def test_training_does_not_go_on_from_another_number_of_heads(folder):

@@ -25,8 +25,11 @@ VARIANTS = {
         {"sinkhorn": True, "drop_path_rate": 0.5, "registers": 2},
         {"shared_head": True, "dino_weight": 0.0, "ffn": "swiglu"},
     ],
-    "mae": [{"micro_batch_size": 3, "norm_pix": True}],
-    "moco": [{"symmetric": True, "recipe": "v1"}, {"negatives": False, "bn_splits": 1}],
+    "mae": [{"micro_batch_size": 4, "norm_pix": True}],
+    "moco": [
+        {"bn_splits": 2, "mlp": False, "schedule": "steps"},
+        {"negatives": False, "blur": 0.5, "image_size": 40},
+    ],
     "pretext": [{"task": "jigsaw", "micro_batch_size": 4}, {"task": "colorization"}],
     "simclr": [{"micro_batch_size": 4, "optimizer": "lars", "blur": 0.5, "image_size": 40}],
 }
