@@ -263,7 +263,7 @@ def train(args: Args) -> dict:
     crop = random_crop(args.image_size, args.min_scale)
     shortest = args.image_size / (0.75 * args.min_scale) ** 0.5  # even a crop of 3 : 4 is not enlarged
     data = Images(args, (crop, crop), shortest)
-    share = images_per_pass(args, len(data.items), world)
+    local_batch = images_per_pass(args, len(data.items), world)
     per_epoch = len(data.items) // args.batch_size
     total = args.epochs * per_epoch
     warmup = min(total, round(args.warmup_epochs * per_epoch))
@@ -273,6 +273,7 @@ def train(args: Args) -> dict:
     model = BYOL(args.arch, args.stem, args.proj_dim, args.hidden_dim, args.predictor)
     if args.init:
         load_encoder(model.online.backbone.state_dict(), args.init)
+        model.target.load_state_dict(model.online.state_dict())
     model = model.to(device, memory_format=torch.channels_last)  # twice as fast on CPUs
     if world > 1 and device.type == "cuda":  # of online and target network, as in the paper
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -289,8 +290,6 @@ def train(args: Args) -> dict:
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     run = open_run(args, "byol", parts, len(data.items), amp)  # loads its checkpoint into the parts
     step = run.step
-    if step == 0:
-        model.target.load_state_dict(model.online.state_dict())  # of --init, too
     alarm_from = max(warmup, min(500, total // 5))
     facts = {"builder": "torchvision.resnet", "arch_args": {"arch": args.arch, "stem": args.stem}}
     facts["feature_dim"] = model.online.projector[0].in_features
@@ -306,25 +305,25 @@ def train(args: Args) -> dict:
     workers = {"num_workers": args.workers, "worker_init_fn": ignore_signals}
     loader = DataLoader(data, batch_sampler=keys, pin_memory=device.type == "cuda", **workers)
     chances = torch.tensor([args.blurs, (0.0, args.solarize)], device=device)
-    blur, solarize = chances.repeat(1, share).view(2, -1, 1, 1, 1)  # for each view of each image
+    blur, solarize = chances.repeat(1, local_batch).view(2, -1, 1, 1, 1)  # for each view of each image
     blur_radius = args.image_size // 20 if any(args.blurs) else 0  # kernel of a tenth of the side
     mean, std = (torch.tensor(numbers, device=device).view(3, 1, 1) for numbers in (MEAN, STD))
     if rank == 0:
         print(f"{args.arch}, {amp}, {world} x {device}, effective learning rate {peak_lr:g}, {total} steps")
 
-    with guarded(run, total) as signals:  # adds run.bar and run.save_at
+    with guarded(run, total) as signals:  # of one process; adds run.bar, run.save_at
         for *crops, _ in loader:  # all epochs that are left
             lr = cosine_schedule(step, total, warmup, peak_lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             tau = 1 - (1 - args.momentum) * (math.cos(math.pi * step / total) + 1) / 2
 
-            views = torch.stack([crop.to(device, non_blocking=True) for crop in crops], dim=1)
+            pixels = torch.stack([crop.to(device, non_blocking=True) for crop in crops], dim=1)
             generator = seeded(3, args.seed, step)  # 1: crops, 2: order of the images, 3: augment
             u = torch.rand(args.batch_size, 2, 9, generator=generator).chunk(world)[rank]
             u = u.flatten(0, 1).to(device, non_blocking=True)
             order = [*torch.randperm(4, generator=generator).tolist(), 4]
-            images = augment(views.flatten(0, 1), u, order, args.jitter, blur, blur_radius, solarize)
+            images = augment(pixels.flatten(0, 1), u, order, args.jitter, blur, blur_radius, solarize)
             if step == 0 and rank == 0:
                 torchvision.utils.save_image(images[:32], run.folder / "views.png")
 
@@ -346,7 +345,7 @@ def train(args: Args) -> dict:
             at_log = step == 1 or step % args.log_every == 0 or step == total
             scaler.unscale_(optimizer)
             if at_log or signals:  # only here does a step wait for the device, float16's scaler apart
-                loss = gather(loss.detach()[None]).mean()  # of all processes, as DDP's gradient
+                loss = gather(loss.detach()[None]).mean()  # of all processes
                 grad_norm = torch.stack([p.grad.norm() for p in trained]).norm()
                 check_finite(step, loss, grad_norm, scaler)
             scaler.step(optimizer)
@@ -654,7 +653,9 @@ def open_run(args, method, parts, images, amp):
         if run.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / "args.json").exists():
-                (folder / "args.json").write_text(json.dumps(record | {"torch": torch.__version__}, indent=1))
+                temporary = folder / f"args.json.{os.getpid()}.tmp"  # others may read it now
+                temporary.write_text(json.dumps(record | {"torch": torch.__version__}, indent=1))
+                os.replace(temporary, folder / "args.json")
             with open(folder / "metrics.jsonl", "a") as log:
                 log.truncate(min(log.tell(), run.logged))  # what came after the checkpoint is done again
             print(f"{images} images in {args.data}. Run folder {folder}, step {run.step}")

@@ -232,7 +232,7 @@ def patch_moments(pred, target, mask):
 
 
 def monitor(moments, features):
-    """Metrics of patch_moments and of features (N, D) of the whole batch; and what is wrong, {words: the
+    """Metrics of patch_moments and of features (N, D) of a batch or chunk; and what is wrong, {words: the
     metric that shows it}. R2 is 0 for the mean patch, 1 if all is right; the prediction's variance is a
     share of the targets'. Uses collapse_metrics."""
     pred, pred_squared, target, target_squared, error = moments
@@ -280,10 +280,14 @@ def train(args: Args) -> dict:
 
     torch.manual_seed(args.seed)
     model = MAE(args.arch, args.image_size, args.patch_size).to(device)
-    weights = model.state_dict()
+    weights = model.state_dict()  # the parameters' memory: always current
     encoder = {k: v for k, v in weights.items() if not k.startswith(("decoder", "mask_token"))}
     if args.init:
         load_encoder(encoder, args.init)
+    dim, depth, heads = VITS[args.arch]
+    shape = {"img_size": args.image_size, "patch_size": args.patch_size, "num_classes": 0}
+    shape |= {"embed_dim": dim, "depth": depth, "num_heads": heads}
+    facts = {"builder": "timm.VisionTransformer", "arch_args": shape, "feature_dim": dim}  # for backbone.pt
 
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay}]
@@ -295,10 +299,6 @@ def train(args: Args) -> dict:
     run = open_run(args, "mae", parts, len(data.items), amp)  # loads its checkpoint into the parts
     step = run.step
     alarm_from = max(warmup, min(500, total // 5))
-    dim, depth, heads = VITS[args.arch]
-    shape = {"img_size": args.image_size, "patch_size": args.patch_size, "num_classes": 0}
-    shape |= {"embed_dim": dim, "depth": depth, "num_heads": heads}
-    facts = {"builder": "timm.VisionTransformer", "arch_args": shape, "feature_dim": dim}
     if args.compile:
         model.compile()
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
@@ -307,11 +307,10 @@ def train(args: Args) -> dict:
     workers = {"num_workers": args.workers, "worker_init_fn": ignore_signals}
     loader = DataLoader(data, batch_sampler=keys, pin_memory=device.type == "cuda", **workers)
     mean, std = (torch.tensor(numbers, device=device).view(3, 1, 1) for numbers in (MEAN, STD))
-    picture = "reconstruction-true-mean.png" if args.norm_pix else "reconstruction.png"
     if rank == 0:
         print(f"{args.arch}, {amp}, {world} x {device}, effective learning rate {peak_lr:g}, {total} steps")
 
-    with guarded(run, total) as signals:  # adds run.bar and run.save_at
+    with guarded(run, total) as signals:  # of one process; adds run.bar, run.save_at
         for crops, _ in loader:  # all epochs that are left
             lr = cosine_schedule(step, total, warmup, peak_lr)
             for group in optimizer.param_groups:
@@ -345,14 +344,15 @@ def train(args: Args) -> dict:
             scaler.update()
 
             saves = at_log and time.monotonic() >= run.save_at
-            if at_log:  # of the last chunk
+            if at_log:  # R2, variance and features: of the last chunk
                 metrics = {"train/loss": loss.item(), "train/lr": lr, "train/grad_norm": grad_norm.item()}
                 moments = gather(patch_moments(pred, target, mask)[None]).mean(dim=0)
                 found, problems = monitor(moments, gather(latent.detach()[:, 1:].mean(dim=1)))
                 log_metrics(run, step, metrics | found, problems, alarm_from)
 
             if rank == 0 and (saves or step in (1, total)):
-                filled = pred * patch_std + patch_mean  # norm_pix: by what the network does not know
+                filled = pred * patch_std + patch_mean  # norm_pix: with the true ones, not predicted
+                picture = "reconstruction-true-mean.png" if args.norm_pix else "reconstruction.png"
                 panels = reconstruction(images, filled, mask, args.patch_size) * std + mean
                 torchvision.utils.save_image(panels, run.folder / picture, nrow=len(panels) // 3)
             if saves:
@@ -651,7 +651,9 @@ def open_run(args, method, parts, images, amp):
         if run.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / "args.json").exists():
-                (folder / "args.json").write_text(json.dumps(record | {"torch": torch.__version__}, indent=1))
+                temporary = folder / f"args.json.{os.getpid()}.tmp"  # others may read it now
+                temporary.write_text(json.dumps(record | {"torch": torch.__version__}, indent=1))
+                os.replace(temporary, folder / "args.json")
             with open(folder / "metrics.jsonl", "a") as log:
                 log.truncate(min(log.tell(), run.logged))  # what came after the checkpoint is done again
             print(f"{images} images in {args.data}. Run folder {folder}, step {run.step}")

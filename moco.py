@@ -269,18 +269,18 @@ def monitor(q, k, h, queue, temperature, first):
 # --- Training -----------------------------------------------------------------------------------------------
 def train(args: Args) -> dict:
     """Pretrain in the run folder, from its checkpoint if it has one; returns the last metrics."""
-    shares = dict.fromkeys(("jitter_chance", "min_scale", "blur", "momentum"), 1)
-    check_flags(args, may_be_zero="jitter jitter_chance blur momentum", at_most=shares)
+    fractions = dict.fromkeys(("jitter_chance", "min_scale", "blur", "momentum"), 1)
+    check_flags(args, may_be_zero="jitter jitter_chance blur momentum", at_most=fractions)
     if args.queue_size % args.batch_size:
         sys.exit(f"--queue-size {args.queue_size}: give a multiple of --batch-size {args.batch_size}")
     rank, world, device, amp = start_processes(args.device, args.amp)
     crop = random_crop(args.image_size, args.min_scale)
     shortest = args.image_size / (0.75 * args.min_scale) ** 0.5  # even a crop of 3 : 4 is not enlarged
     data = Images(args, (crop, crop), shortest)
-    share = images_per_pass(args, len(data.items), world)
+    local_batch = images_per_pass(args, len(data.items), world)
     splits = max(1, args.bn_splits // world)  # each process is a part, or several
-    if share % splits or share < 2 * splits:
-        sys.exit(f"--bn-splits {args.bn_splits}: must cut {share} images a process into equal parts of 2+")
+    if local_batch % splits or local_batch < 2 * splits:
+        sys.exit(f"--bn-splits {args.bn_splits}: give what cuts {local_batch} images into parts of 2 or more")
     per_epoch = len(data.items) // args.batch_size
     total = args.epochs * per_epoch
     warmup = min(total, round(args.warmup_epochs * per_epoch))
@@ -320,7 +320,7 @@ def train(args: Args) -> dict:
     if rank == 0:
         print(f"{args.arch}, {amp}, {world} x {device}, effective learning rate {peak_lr:g}, {total} steps")
 
-    with guarded(run, total) as signals:  # adds run.bar and run.save_at
+    with guarded(run, total) as signals:  # of one process; adds run.bar, run.save_at
         for *crops, _ in loader:  # all epochs that are left
             lr = cosine_schedule(step, total, warmup, peak_lr)
             if args.schedule == "steps" and step >= warmup:
@@ -342,7 +342,7 @@ def train(args: Args) -> dict:
                 q, h = net(x_q.contiguous(memory_format=layout))
             momentum_update(model.encoder_q, model.encoder_k, args.momentum)  # before the keys
             places = torch.randperm(args.batch_size, generator=generator).to(device, non_blocking=True)
-            with torch.no_grad(), autocast:  # a key among others than its query, or BatchNorm would tell it
+            with torch.no_grad(), autocast:  # shuffled, or its query's BatchNorm would betray the key
                 shuffled = gather(x_k)[places.chunk(world)[rank]]
                 k, _ = model(shuffled.contiguous(memory_format=layout), keys=True)
             every_k = gather(k)[places.argsort()]
@@ -666,7 +666,9 @@ def open_run(args, method, parts, images, amp):
         if run.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / "args.json").exists():
-                (folder / "args.json").write_text(json.dumps(record | {"torch": torch.__version__}, indent=1))
+                temporary = folder / f"args.json.{os.getpid()}.tmp"  # others may read it now
+                temporary.write_text(json.dumps(record | {"torch": torch.__version__}, indent=1))
+                os.replace(temporary, folder / "args.json")
             with open(folder / "metrics.jsonl", "a") as log:
                 log.truncate(min(log.tell(), run.logged))  # what came after the checkpoint is done again
             print(f"{images} images in {args.data}. Run folder {folder}, step {run.step}")

@@ -303,7 +303,7 @@ def train(args: Args) -> dict:
         z = z.to(torch.promote_types(z.dtype, torch.float32))  # processes add up its gradient
         return z.unflatten(0, (-1, 2)), h.unflatten(0, (-1, 2))
 
-    with guarded(run, total) as signals:  # adds run.bar and run.save_at
+    with guarded(run, total) as signals:  # of one process; adds run.bar, run.save_at
         for *crops, _ in loader:  # all epochs that are left
             lr = cosine_schedule(step, total, warmup, peak_lr)
             for group in optimizer.param_groups:
@@ -644,7 +644,9 @@ def open_run(args, method, parts, images, amp):
         if run.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / "args.json").exists():
-                (folder / "args.json").write_text(json.dumps(record | {"torch": torch.__version__}, indent=1))
+                temporary = folder / f"args.json.{os.getpid()}.tmp"  # others may read it now
+                temporary.write_text(json.dumps(record | {"torch": torch.__version__}, indent=1))
+                os.replace(temporary, folder / "args.json")
             with open(folder / "metrics.jsonl", "a") as log:
                 log.truncate(min(log.tell(), run.logged))  # what came after the checkpoint is done again
             print(f"{images} images in {args.data}. Run folder {folder}, step {run.step}")

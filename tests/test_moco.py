@@ -606,8 +606,8 @@ torch.save(fixed_run({str(folder)!r}, "two"), "seen" + os.environ["RANK"] + ".pt
     "flags, message",
     [
         ({"queue_size": 30}, "--queue-size 30: give a multiple of --batch-size 8"),
-        ({"bn_splits": 8}, "--bn-splits 8: must cut 8 images a process into equal parts of 2+"),
-        ({"bn_splits": 3}, "--bn-splits 3: must cut 8 images a process into equal parts of 2+"),
+        ({"bn_splits": 8}, "--bn-splits 8: give what cuts 8 images into parts of 2 or more"),
+        ({"bn_splits": 3}, "--bn-splits 3: give what cuts 8 images into parts of 2 or more"),
         ({"momentum": 1.5}, "--momentum 1.5: must be at least 0 and at most 1"),
         ({"jitter_chance": 80.0}, "--jitter-chance 80.0: must be at least 0 and at most 1"),
     ],
