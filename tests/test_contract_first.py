@@ -593,8 +593,6 @@ SAFEGUARDS = {
     "dino": [({"centering": False, "momentum": 0.9}, "one-hot"), ({"sharpening": False}, "uniform")],
     "dinov2": [({"centering": False, "momentum": 0.9}, "one-hot"), ({"sharpening": False}, "uniform")],
     "ijepa": [({"stop_gradient": False}, "hardly differ"), ({"momentum": 0.0}, "hardly differ")],
-    # with its own momentum z falls from 85 directions to 7.6 in 150 steps
-    "moco_v3": [({"negatives": False, "momentum": 0.0}, "directions|by chance")],
     "pretext": [(random_turns, "it learns nothing")],
 }
 SHORT = {
@@ -613,7 +611,6 @@ FASTER = {
     # the alarm is not armed while the prototypes are frozen; large patches take less time
     "dino": {"freeze_last_layer": 0, "patch_size": 16, "local_crops": 0},
     "dinov2": {"freeze_last_layer": 0, "patch_size": 16, "local_crops": 0},
-    "moco_v3": {"patch_size": 16},
     "pretext": {"base_lr": 0.06, "image_size": 24, "min_scale": 1.0, "log_every": 6, "warmup_epochs": 0.4},
 }
 

@@ -30,6 +30,7 @@ VARIANTS = {
         {"bn_splits": 2, "mlp": False, "schedule": "steps"},
         {"negatives": False, "blur": 0.5, "image_size": 40},
     ],
+    "moco_v3": [{"negatives": False, "blurs": (1.0, 0.5), "image_size": 40}],
     "pretext": [{"task": "jigsaw", "micro_batch_size": 4}, {"task": "colorization"}],
     "simclr": [{"micro_batch_size": 4, "optimizer": "lars", "blur": 0.5, "image_size": 40}],
 }

@@ -1,31 +1,32 @@
 """moco_v3.py against its fact sheet's oracles, timm and slow versions."""
 
-import copy
 import json
 import math
 import re
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-import torchvision
 import tyro
 from conftest import run_processes, tiny_args
 
 import eval_linear
 import moco_v3
 from moco_v3 import (
-    LARS,
     MoCoV3,
     MoCoViT,
-    contrastive_metrics,
+    collapse_metrics,
     cosine_schedule,
     ctr,
-    key_logits,
     mlp_head,
-    resize_positions,
+    momentum_update,
+    monitor,
 )
+
+DOUBLE = torch.float64
 
 
 def rows(*shape, seed=0):
@@ -34,6 +35,11 @@ def rows(*shape, seed=0):
 
 def total(q0, q1, k0, k1, tau):
     return ctr(q0, k1, tau) + ctr(q1, k0, tau)
+
+
+def seen(q, k, tau=0.2, first=None):
+    """Metrics and problems of queries of both views, with features that have nothing wrong."""
+    return monitor(q, q, k, rows(2 * len(q), 32), tau, first or {})
 
 
 # Loss: oracles 1, 2 and 3
@@ -47,8 +53,9 @@ def test_all_alike(size, tau, expected):
     q = torch.ones(size, 3)
     assert total(q, q, q, q, tau).item() == pytest.approx(expected, abs=2e-5)
     assert ctr(q, q, tau, negatives=False).item() == pytest.approx(-2)
-    accuracy, gap = contrastive_metrics(*key_logits(q, q, tau))
-    assert accuracy == 0 and gap.item() == pytest.approx(0, abs=1e-5)  # a tie is no success
+    metrics, _ = seen(q, q, tau)
+    assert metrics["moco_v3/contrastive_accuracy"] == 0  # a tie is no success
+    assert metrics["moco_v3/gap"] == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +64,9 @@ def test_all_alike(size, tau, expected):
 def test_all_apart(size, tau, expected):
     q = torch.eye(size)
     assert total(q, q, q, q, tau).item() == pytest.approx(expected, rel=1e-4)
-    assert contrastive_metrics(*key_logits(q, q, tau))[0] == 1
+    metrics, _ = seen(q, q, tau)
+    assert metrics["moco_v3/contrastive_accuracy"] == 1
+    assert metrics["moco_v3/gap"] == pytest.approx(math.log(size) - expected / (4 * tau), abs=1e-5)
 
 
 def slow_loss(q, k, tau):
@@ -74,12 +83,12 @@ def slow_loss(q, k, tau):
 def test_loss_is_the_slow_one(tau):
     q, k = rows(6, 8).double().requires_grad_(), rows(6, 8, seed=1).double().requires_grad_()
     loss, expected = ctr(q, k, tau), slow_loss(q, k.detach(), tau)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert loss.dtype == DOUBLE and loss.item() == pytest.approx(expected.item(), rel=1e-12)
     torch.testing.assert_close(torch.autograd.grad(loss, q)[0], torch.autograd.grad(expected, q)[0])
     ctr(q, k, tau).backward()
     assert k.grad is None
     attraction = ctr(q, k, tau, negatives=False)
-    assert attraction.item() == pytest.approx(-2 * F.cosine_similarity(q, k).mean().item(), rel=1e-6)
+    assert attraction.item() == pytest.approx(-2 * F.cosine_similarity(q, k).mean().item(), rel=1e-12)
 
 
 def test_symmetry_and_lengths():
@@ -88,10 +97,12 @@ def test_symmetry_and_lengths():
     assert total(q1, q0, k1, k0, 0.2).item() == pytest.approx(loss, rel=1e-6)
     lengths = torch.tensor([0.1, 1, 2, 30, 400])[:, None]
     assert total(lengths * q0, 5 * q1, 3 * k0, lengths * k1, 0.2).item() == pytest.approx(loss, rel=1e-5)
-    assert total(q0.bfloat16(), q1, k0, k1, 0.2).dtype == torch.float32
+    low = [x.bfloat16() for x in (q0, q1, k0, k1)]
+    assert total(*low, 0.2).dtype == torch.float32
+    torch.testing.assert_close(total(*low, 0.2), total(*(x.float() for x in low), 0.2))
 
 
-# Schedules: oracles 4 and 5
+# Schedules and the moving average: oracles 4 and 5
 
 
 def test_momentum_and_learning_rate():
@@ -103,19 +114,18 @@ def test_momentum_and_learning_rate():
     assert rates == pytest.approx([0, 0.0012, 0.0024, 0.0012, 0], abs=1e-10)
 
 
-def test_lars():
-    """Oracle 9: lr 1, then 0.5, outside the momentum buffer."""
-    w = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
-    optimizer = LARS([w], 1.0, weight_decay=0.1, lr_in_momentum=False)
-    for lr, value in ((1.0, (2.99895235, 3.99511099)), (0.5, (2.99795757, 3.99046865))):
-        optimizer.param_groups[0]["lr"] = lr
-        w.grad = torch.tensor([[0.0, 1.0]])
-        optimizer.step()
-        torch.testing.assert_close(w.detach(), torch.tensor([value]), atol=2e-6, rtol=0)
-    w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
-    w.grad = torch.tensor([0.0, 1.0])
-    LARS([w], 1.0, weight_decay=0.1, lr_in_momentum=False).step()
-    torch.testing.assert_close(w.detach(), torch.tensor([3.0, 3.0]))
+def test_momentum_update_leaves_buffers():
+    base, average = mlp_head(2, 3, 4), mlp_head(2, 3, 4)
+    before = {name: tensor.clone() for name, tensor in average.state_dict().items()}
+    base(rows(8, 2))
+    momentum_update(base, average, 0.9)
+    parameters = dict(average.named_parameters())
+    for name, tensor in average.state_dict().items():
+        expected = before[name]
+        if name in parameters:
+            expected = 0.9 * expected + 0.1 * base.state_dict()[name]
+        torch.testing.assert_close(tensor, expected)
+    assert len(parameters) == 4 and not torch.equal(base[1].running_mean, average[1].running_mean)
 
 
 # The model: oracles 6, 7 and 8, official names
@@ -154,7 +164,7 @@ def test_initialisation(monkeypatch):
     assert net.blocks[0].attn.heads == 12
     conv = MoCoViT("vit_base").patch_embed.proj.weight
     assert conv.abs().max().item() == pytest.approx(0.0625, rel=1e-3)
-    head = mlp_head((384, 4096, 4096, 256))
+    head = mlp_head(384, 4096, 4096, 256)
     for i, bound in {0: 0.0510310, 3: 0.015625}.items():
         assert bound * 0.999 < head[i].weight.abs().max() <= bound * 1.000001
 
@@ -178,120 +188,150 @@ def test_parameter_counts():
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
-def official_shapes(arch):
-    """{name: shape} of the official files behind "module.", as far as the sheet gives them; all names."""
-    if arch == "resnet50":
-        with torch.device("meta"):
-            net = torchvision.models.resnet50()
-        encoder = {k: tuple(v.shape) for k, v in net.state_dict().items() if not k.startswith("fc.")}
-        encoder |= {"fc.0.weight": (4096, 2048), "fc.3.weight": (256, 4096)}
-        encoder |= {f"fc.1.{part}": (4096,) for part in NORM[:4]} | {"fc.1.num_batches_tracked": ()}
-        encoder |= {f"fc.4.{part}": (256,) for part in NORM[2:4]} | {"fc.4.num_batches_tracked": ()}
-    else:
-        encoder = {"cls_token": (1, 1, 384), "pos_embed": (1, 197, 384)}
-        encoder |= {"patch_embed.proj.weight": (384, 3, 16, 16), "patch_embed.proj.bias": (384,)}
-        layers = {"attn.qkv": (1152, 384), "attn.proj": (384, 384), "mlp.fc1": (1536, 384)}
-        for i in range(12):
-            for name, shape in (layers | {"mlp.fc2": (384, 1536)}).items():
-                encoder |= {f"blocks.{i}.{name}.weight": shape, f"blocks.{i}.{name}.bias": shape[:1]}
-            encoder |= {f"blocks.{i}.norm{n}.{part}": (384,) for n in (1, 2) for part in NORM[:2]}
-        encoder |= {"norm.weight": (384,), "norm.bias": (384,)}
-        encoder |= {f"head.{i}.weight": s for i, s in ((0, (4096, 384)), (3, (4096, 4096)), (6, (256, 4096)))}
-        for i in (1, 4):
-            encoder |= {f"head.{i}.{p}": (4096,) for p in NORM[:4]} | {f"head.{i}.num_batches_tracked": ()}
-        encoder |= {f"head.7.{part}": (256,) for part in NORM[2:4]} | {"head.7.num_batches_tracked": ()}
+def official_shapes():
+    """{name: shape} of the official ViT-S behind "module.", as the sheet gives them."""
+    encoder = {"cls_token": (1, 1, 384), "pos_embed": (1, 197, 384)}
+    encoder |= {"patch_embed.proj.weight": (384, 3, 16, 16), "patch_embed.proj.bias": (384,)}
+    layers = {"attn.qkv": (1152, 384), "attn.proj": (384, 384), "mlp.fc1": (1536, 384)}
+    for i in range(12):
+        for name, shape in (layers | {"mlp.fc2": (384, 1536)}).items():
+            encoder |= {f"blocks.{i}.{name}.weight": shape, f"blocks.{i}.{name}.bias": shape[:1]}
+        encoder |= {f"blocks.{i}.norm{n}.{part}": (384,) for n in (1, 2) for part in NORM[:2]}
+    encoder |= {"norm.weight": (384,), "norm.bias": (384,)}
+    encoder |= {f"head.{i}.weight": s for i, s in ((0, (4096, 384)), (3, (4096, 4096)), (6, (256, 4096)))}
+    for i in (1, 4):
+        encoder |= {f"head.{i}.{p}": (4096,) for p in NORM[:4]} | {f"head.{i}.num_batches_tracked": ()}
+    encoder |= {f"head.7.{part}": (256,) for part in NORM[2:4]} | {"head.7.num_batches_tracked": ()}
     predictor = {"predictor.0.weight": (4096, 256), "predictor.3.weight": (256, 4096)}
     predictor |= {f"predictor.1.{p}": (4096,) for p in NORM[:4]} | {"predictor.1.num_batches_tracked": ()}
-    if arch != "resnet50":
-        predictor |= {f"predictor.4.{p}": (256,) for p in NORM[2:4]} | {"predictor.4.num_batches_tracked": ()}
+    predictor |= {f"predictor.4.{p}": (256,) for p in NORM[2:4]} | {"predictor.4.num_batches_tracked": ()}
     both = {f"{net}_encoder.{k}": v for net in ("base", "momentum") for k, v in encoder.items()}
     return both | predictor
 
 
-@pytest.mark.parametrize("arch, entries", [("resnet50", 663), ("vit_small", 342)])
-def test_official_files_load_strictly(arch, entries):
+def test_official_files_load_strictly():
     with torch.device("meta"):
-        model = MoCoV3(arch)
-        shapes = official_shapes(arch)
-        file = {f"module.{name}": torch.empty(shape) for name, shape in shapes.items()}
-        assert len(file) == entries
+        model = MoCoV3("vit_small")
+        file = {f"module.{name}": torch.empty(shape) for name, shape in official_shapes().items()}
+        assert len(file) == 342
         model.load_state_dict(
             {k.removeprefix("module."): v for k, v in file.items()}, strict=True, assign=True
         )
 
 
-def test_vit_is_timm_s_also_at_another_size():
-    ours = MoCoViT("vit_nano", 32, 8).eval()
+@pytest.mark.parametrize("size, patch_size", [(32, 8), (48, 16)])
+def test_vit_is_timm_s(size, patch_size):
+    ours = MoCoViT("vit_nano", size, patch_size).eval()
+    options = {"embed_dim": 128, "depth": 6, "num_heads": 4, "num_classes": 0}
+    theirs = timm.models.VisionTransformer(img_size=size, patch_size=patch_size, **options).eval()
     with torch.no_grad():
         for name, p in ours.named_parameters():
             p += 0.05 * rows(*p.shape, seed=len(name)) * (name != "pos_embed")
-        for size in ((32, 32), (16, 48)):
-            options = {"embed_dim": 128, "depth": 6, "num_heads": 4, "num_classes": 0}
-            theirs = timm.models.VisionTransformer(img_size=size, patch_size=8, **options).eval()
-            grid = [side // 8 for side in size]
-            theirs.load_state_dict(ours.state_dict() | {"pos_embed": resize_positions(ours.pos_embed, *grid)})
-            x = rows(3, 3, *size)
-            expected = theirs.forward_features(x)[:, 0]
-            torch.testing.assert_close(ours(x), expected, atol=1e-5, rtol=1e-5)
+        theirs.load_state_dict(ours.state_dict())
+        x = rows(3, 3, size, size)
+        expected = theirs.forward_features(x)[:, 0]
+        torch.testing.assert_close(ours(x), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("arch, head, last", [("vit_nano", "head", True), ("resnet18", "fc", False)])
-def test_queries_keys_and_gradients(arch, head, last):
+def test_queries_keys_and_gradients():
     torch.manual_seed(0)
-    model = MoCoV3(arch, 32, 8, dim=32, hidden_dim=64, zero_init=False)
+    model = MoCoV3("vit_nano", 32, 8, hidden_dim=64, dim=32)
     for p, k in zip(model.base_encoder.parameters(), model.momentum_encoder.parameters(), strict=True):
         assert torch.equal(p, k) and not k.requires_grad
     x = rows(16, 3, 32, 32)
     q, h = model(x)
     k, _ = model(x, keys=True)  # with gradient, were there any
-    projector = model.base_encoder.get_submodule(head)
+    projector = model.base_encoder.head
     torch.testing.assert_close(q, model.predictor(projector(h)))
     torch.testing.assert_close(k, projector(h))
-    assert h.shape == (16, {"head": 128, "fc": 512}[head]) and q.shape == k.shape == (16, 32)
-    torch.testing.assert_close(k.mean(dim=0), torch.zeros(32), atol=1e-5, rtol=0)  # BatchNorm at its end
-    assert (q.mean(dim=0).abs().max() < 1e-5) == last
-    assert all(layer.bias is None for net in (projector, model.predictor) for layer in (net[0], net[3]))
+    assert h.shape == (16, 128) and q.shape == k.shape == (16, 32)
+    for z in (q, k):  # BatchNorm at the end of both
+        torch.testing.assert_close(z.mean(dim=0), torch.zeros(32), atol=1e-5, rtol=0)
+        torch.testing.assert_close(z.var(dim=0, correction=0), torch.ones(32), atol=1e-2, rtol=0)
+    layers = {net: [type(layer).__name__ for layer in net] for net in (projector, model.predictor)}
+    hidden, last = ["Linear", "BatchNorm1d", "ReLU"], ["Linear", "BatchNorm1d"]
+    assert layers == {projector: [*hidden, *hidden, *last], model.predictor: [*hidden, *last]}
+    assert all(layer.bias is None for net in layers for layer in net if isinstance(layer, torch.nn.Linear))
+
     total(q, q.flip(0), k, k.flip(0), 0.2).backward()
     assert all(p.grad is None for p in model.momentum_encoder.parameters())
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
-    if head == "fc":
-        model.base_encoder.fc = torch.nn.Identity()
-        torch.testing.assert_close(model.base_encoder(x), h)
+    assert len(trained) == 86 and all(p.grad is not None and p.grad.isfinite().all() for p in trained)
 
 
-@pytest.mark.parametrize("arch, last", [("resnet18", "bn2"), ("resnet50", "bn3")])
-def test_zero_init(arch, last):
-    weights = MoCoV3(arch, hidden_dim=8).base_encoder.named_parameters()
-    norms = {name: p for name, p in weights if f"{last}.weight" in name}
-    assert len(norms) == {"resnet18": 8, "resnet50": 16}[arch] and all(p.eq(0).all() for p in norms.values())
+def test_queries_are_float32_where_autocast_is_not():
+    """Processes add up their gradient."""
+    model, x = MoCoV3("vit_nano", 32, 8, hidden_dim=16), rows(4, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x)[0].dtype == model(x, keys=True)[0].dtype == torch.float32
+    assert model.double()(x.double())[0].dtype == DOUBLE
 
 
 # Training
 
 
-@pytest.mark.parametrize("freeze", [True, False])
-def test_steps_of_a_run(folder, tmp_path, monkeypatch, freeze):
-    """Order of a step, what meets what in the loss, momenta, views, and oracle 10: what moves."""
-    calls, views, outputs, models, momenta, numbers = [], [], [], [], [], []
+@pytest.mark.parametrize(
+    "side, patch, radius, blurs",
+    [(32, 8, 5, (0.3, 0.6)), (224, 16, 5, (1.0, 0.1)), (4, 2, 3, (0.0, 0.5)), (32, 8, 0, (0.0, 0.0))],
+)
+def test_recipe_of_a_run(folder, tmp_path, monkeypatch, side, patch, radius, blurs):
+    """What augment gets: blur by each view's chance, of 2.5 sigma, solarization of the second view alone; and
+    what the network gets: one view, normalised."""
+    given = []
+
+    class Stop(Exception):
+        pass
+
+    def spy(images, u, *recipe):
+        given.append((u, *recipe))
+        return torch.tensor([0.25, 0.5]).repeat(8).view(-1, 1, 1, 1).expand_as(images).float()
+
+    def forward(self, images):
+        given.append(images)
+        raise Stop
+
+    monkeypatch.setattr(moco_v3, "augment", spy)
+    monkeypatch.setattr(MoCoV3, "forward", forward)
+    flags = {"image_size": side, "patch_size": patch, "blurs": blurs, "solarize": 0.7, "seed": 5}
+    flags |= {"jitter": (0.1, 0.2, 0.3, 0.4)}
+    with pytest.raises(Stop):
+        moco_v3.train(tiny_args("moco_v3", data=str(folder), **flags, run_dir=str(tmp_path)))
+    (u, order, jitter, blur, blur_radius, solarize), images = given
+    assert torch.equal(u, torch.rand(8, 2, 9, generator=moco_v3.seeded(3, 5, 0)).flatten(0, 1))
+    assert sorted(order[:4]) == [0, 1, 2, 3] and order[4:] == [4] and jitter == (0.1, 0.2, 0.3, 0.4)
+    assert blur.shape == solarize.shape == (16, 1, 1, 1) and blur_radius == radius
+    assert blur.flatten().tolist() == pytest.approx([*blurs] * 8)
+    assert solarize.flatten().tolist() == pytest.approx([0, 0.7] * 8)
+    normal = (0.25 - torch.tensor(moco_v3.MEAN)) / torch.tensor(moco_v3.STD)
+    torch.testing.assert_close(images, normal.view(3, 1, 1).expand(8, 3, side, side))
+
+
+def test_steps_of_a_run(folder, tmp_path, monkeypatch):
+    """Order of a step, what meets what in the loss, momenta, rates, decay; and oracle 10: what moves."""
+    calls, views, outputs, features, models, starts = [], [], [], [], [], []
+    momenta, rates, firsts = [], [], []
     update, forward, augment = moco_v3.momentum_update, MoCoV3.forward, moco_v3.augment
     step, loss, build = torch.optim.AdamW.step, moco_v3.ctr, moco_v3.MoCoV3
+    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (moco_v3.MEAN, moco_v3.STD))
 
-    def spy_augment(images, drawn, *others):
-        numbers.append(drawn)
-        views.append(augment(images, drawn, *others))
-        return views[-1]
+    def spy_augment(*given):
+        images = augment(*given)
+        views[:] = [((images - mean) / std)[i::2] for i in (0, 1)]
+        outputs.clear()
+        return images
 
     def spy_forward(self, images, keys=False):
         result = forward(self, images, keys)
-        view = next(i for i in (0, 1) if torch.equal(images, views[len(views) - 2 + i]))
+        assert keys != torch.is_grad_enabled()
+        view = next(i for i in (0, 1) if torch.equal(images, views[i]))
         calls.append(f"{'k' if keys else 'q'}{view}")
         outputs.append((result[0], calls[-1]))
+        features.append(result[1])
         return result
 
-    def spy_loss(q, k, temperature, negatives):
+    def spy_loss(q, k, temperature, negatives=True):
         names = [next(name for output, name in outputs if output is tensor) for tensor in (q, k)]
-        calls.append(f"{' '.join(names)} {temperature}")
+        calls.append(f"{' '.join(names)} {temperature} {negatives}")
         return loss(q, k, temperature, negatives)
 
     def spy_update(base, average, m):
@@ -303,55 +343,78 @@ def test_steps_of_a_run(folder, tmp_path, monkeypatch, freeze):
 
     def spy_step(self, *arguments):
         calls.append("step")
-        assert [group["weight_decay"] for group in self.param_groups] == [0.1]
+        [group] = self.param_groups  # biases, norms and [CLS] decay too, as in the official code
+        assert (group["weight_decay"], group["betas"], group["eps"]) == (0.1, (0.9, 0.999), 1e-8)
+        assert len(group["params"]) == 86
+        rates.append(group["lr"])
         return step(self, *arguments)
 
     def spy_model(*arguments):
         models.append(build(*arguments))
-        models.append(copy.deepcopy(models[0]).state_dict())
+        starts.append({name: tensor.clone() for name, tensor in models[0].state_dict().items()})
         return models[0]
 
+    def spy_monitor(q0, q1, k1, h, temperature, first):  # its own calls of the loss are none of the step
+        names = [next(name for output, name in outputs if output is tensor) for tensor in (q0, q1, k1)]
+        assert (*names, temperature) == ("q0", "q1", "k1", 0.3)
+        assert torch.equal(h, torch.cat(features[-4:-2])) and not h.requires_grad
+        firsts.append(dict(first))
+        return {"moco_v3/gap": float(len(firsts))}, {}
+
+    monkeypatch.setattr(moco_v3, "monitor", spy_monitor)
     for name, spy in {"augment": spy_augment, "ctr": spy_loss, "momentum_update": spy_update}.items():
         monkeypatch.setattr(moco_v3, name, spy)
     monkeypatch.setattr(MoCoV3, "forward", spy_forward)
     monkeypatch.setattr(moco_v3, "MoCoV3", spy_model)
     monkeypatch.setattr(torch.optim.AdamW, "step", spy_step)
-    flags = {"epochs": 2, "momentum": 0.9, "temperature": 0.2, "blurs": (1.0, 0.0), "solarize": 1.0}
-    flags |= {"data": str(folder), "run_dir": str(tmp_path), "freeze_patch_embed": freeze}
-    moco_v3.train(tiny_args("moco_v3", **flags, weight_decay=0.1))
-    assert calls == ["average", "q0", "q1", "k0", "k1", "q0 k1 0.2", "q1 k0 0.2", "step"] * 10
+    flags = {"epochs": 2, "momentum": 0.9, "temperature": 0.3, "negatives": False, "weight_decay": 0.1}
+    moco_v3.train(tiny_args("moco_v3", data=str(folder), run_dir=str(tmp_path), **flags))
+    pairs = ["q0 k1 0.3 False", "q1 k0 0.3 False"]
+    assert calls == ["average", "q0", "q1", "k0", "k1", *pairs, "step"] * 10
     assert momenta == pytest.approx([1 - 0.1 * (math.cos(math.pi * k / 10) + 1) / 2 for k in range(10)])
-    assert (numbers[0][:, 5] > 0).all() and (numbers[1][:, 5] == 0).all()
-    assert (numbers[0][:, 6] == 0).all() and (numbers[1][:, 6] == 1).all()
-    state, start = models[0].state_dict(), models[1]
+
+    state, [start] = models[0].state_dict(), starts
     for name in ("pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", "cls_token"):
         base, average = state[f"base_encoder.{name}"], state[f"momentum_encoder.{name}"]
-        frozen = name == "pos_embed" or (freeze and name != "cls_token")
+        frozen = name != "cls_token"
         assert torch.equal(base, start[f"base_encoder.{name}"]) == torch.equal(base, average) == frozen, name
     for name in ("base_encoder", "momentum_encoder"):
         assert state[f"{name}.head.1.num_batches_tracked"] == 20  # one pass a view
     statistics = (state[f"{name}_encoder.head.1.running_mean"] for name in ("base", "momentum"))
     assert not torch.equal(*statistics)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["moco_v3/momentum"] for line in lines] == momenta
     peak = moco_v3.Args.base_lr * 8 / 256
-    assert [line["train/lr"] for line in lines] == [cosine_schedule(k, 10, 5, peak) for k in range(10)]
+    assert firsts[0] == {} and [first["moco_v3/gap"] for first in firsts[1:]] == [1.0] * 9
+    assert rates == [cosine_schedule(k, 10, 5, peak) for k in range(10)]
+    assert [line["train/lr"] for line in lines] == rates
 
 
-def test_optimisers_by_architecture(folder, tmp_path, monkeypatch):
-    """ViTs get AdamW, ResNets LARS with the learning rate outside its momentum."""
-    built = []
-    monkeypatch.setattr(moco_v3, "LARS", lambda *a, **k: built.append(k) or LARS(*a, **k))
-    flags = {"data": str(folder), "epochs": 1, "arch": "resnet18", "image_size": 16}
-    rates = {"base_lr": 0.3, "weight_decay": 1e-6}
-    moco_v3.train(tiny_args("moco_v3", **flags, **rates, run_dir=str(tmp_path / "a")))
-    assert built == [{"weight_decay": 1e-6, "lr_in_momentum": False}]
-    saved = torch.load(tmp_path / "a/backbone.pt", weights_only=True)
-    assert saved["arch_args"] == {"stem": "imagenet"} and saved["feature_dim"] == 512
-    missing, unexpected = torchvision.models.resnet18().load_state_dict(saved["state_dict"], strict=False)
-    assert missing == ["fc.weight", "fc.bias"] and not unexpected
-    init = str(tmp_path / "a/backbone.pt")
-    moco_v3.train(tiny_args("moco_v3", **flags, init=init, run_dir=str(tmp_path / "b")))
+def test_the_momentum_encoder_starts_as_the_base_encoder_of_init(folder, tmp_path, monkeypatch):
+    """ViT of the file and projector; a run that goes on keeps its own."""
+    flags = {"data": str(folder), "batch_size": 20}
+    moco_v3.train(tiny_args("moco_v3", **flags, epochs=0, seed=1, run_dir=str(tmp_path / "first")))
+    path = tmp_path / "first/backbone.pt"
+    args = tiny_args("moco_v3", **flags, epochs=0, init=str(path), run_dir=str(tmp_path / "second"))
+    moco_v3.train(args)
+    model = torch.load(tmp_path / "second/checkpoint.pt", weights_only=True)["model"]
+    momentum = {name[17:]: tensor for name, tensor in model.items() if name.startswith("momentum_encoder.")}
+    assert len(momentum) == 94
+    assert all(torch.equal(model[f"base_encoder.{name}"], momentum[name]) for name in momentum)
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    assert all(torch.equal(tensor, momentum[name]) for name, tensor in saved.items())
+
+    path, opened, open_run = tmp_path / "second/checkpoint.pt", [], moco_v3.open_run
+    state = torch.load(path, weights_only=True)
+    changed = {name: 2 * tensor for name, tensor in state["model"].items()}
+    torch.save(state | {"model": changed}, path)
+
+    def spy(args, method, parts, *rest):
+        opened.append(parts["model"])
+        return open_run(args, method, parts, *rest)
+
+    monkeypatch.setattr(moco_v3, "open_run", spy)
+    moco_v3.train(args)
+    assert all(torch.equal(tensor, changed[name]) for name, tensor in opened[0].state_dict().items())
 
 
 def test_features_are_eval_linear_s(folder, tmp_path, monkeypatch):
@@ -361,6 +424,9 @@ def test_features_are_eval_linear_s(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(moco_v3, "MoCoV3", lambda *a: models.append(build(*a)) or models[-1])
     moco_v3.train(tiny_args("moco_v3", data=str(folder), epochs=1, run_dir=str(tmp_path)))
     path, images = str(tmp_path / "backbone.pt"), torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    saved = torch.load(path, weights_only=True)
+    shape = {"img_size": 32, "patch_size": 8, "num_classes": 0, "embed_dim": 128, "depth": 2, "num_heads": 8}
+    assert (saved["builder"], saved["arch_args"]) == ("timm.VisionTransformer", shape)
     backbone = eval_linear.load_backbone(path).eval()
     expected = models[0].base_encoder.eval()((images.float() / 255 - backbone.mean) / backbone.std)
     torch.testing.assert_close(backbone(images), expected, atol=1e-5, rtol=1e-5)
@@ -368,79 +434,167 @@ def test_features_are_eval_linear_s(folder, tmp_path, monkeypatch):
     assert torch.equal(untrained.net.pos_embed, models[0].base_encoder.pos_embed)
     assert untrained.net.blocks[0].attn.num_heads == 8
     assert not torch.allclose(untrained(images), expected, atol=0.1)
-    args = tiny_args("moco_v3", data=str(folder), epochs=1, init=path, run_dir=str(tmp_path / "b"))
-    monkeypatch.setitem(moco_v3.MOCO_VITS, "vit_nano", (128, 2, 4))
-    with pytest.raises(SystemExit, match="1 do not fit this encoder: 8 heads"):
-        moco_v3.train(args)
 
 
-def test_two_processes_are_one(tmp_path, monkeypatch):
-    """Keys of both, loss and gradients of train(); BatchNorm in eval form, which one process sees as well."""
+# The monitor
+
+
+def test_metrics_are_those_of_queries_and_of_centred_h():
+    q0, q1, k1 = rows(3, 10, 16)
+    h = rows(20, 12, seed=1) + 5
+    metrics, problems = monitor(q0, q1, k1, h, 0.3, {})
+    std, _, rank = collapse_metrics(torch.cat([q0, q1])).values()
+    assert metrics["monitor/projection_std"] == pytest.approx(std)
+    assert metrics["monitor/projection_rank"] == pytest.approx(rank)
+    for name, value in collapse_metrics(h, center=True).items():
+        assert metrics[f"monitor/{name}"] == pytest.approx(value)
+    cosines = F.cosine_similarity(q0[:, None], k1[None], dim=2)
+    hits = (cosines.argmax(dim=1) == torch.arange(10)).float().mean()
+    assert metrics["moco_v3/contrastive_accuracy"] == pytest.approx(hits.item())
+    entropy = -(cosines / 0.3).log_softmax(dim=1).diagonal().mean()
+    assert metrics["moco_v3/gap"] == pytest.approx(math.log(10) - entropy.item(), abs=1e-6)
+
+
+def test_each_problem_appears_when_it_should():
+    """And its tag is one of the metrics, by which the alarm sees whether it mends."""
+    q, other = rows(64, 128), rows(64, 128, seed=1)
+    flat = torch.linalg.qr(rows(128, 128, seed=2))[0]
+    low = {rank: q[:, :rank] @ flat[:rank] for rank in (2, 8)}
+    twins = q[:32].repeat_interleave(2, dim=0) + 0.1 * other
+    swapped = twins.view(32, 2, 128).flip(1).reshape(64, 128)
+    few, chance = {"q fills few directions"}, {"keys are found by chance"}
+    cases = {
+        "healthy": (q, q, {}, set()),
+        "by chance": (q, -q, {}, chance),
+        "unrelated": (q, other, {}, chance),
+        "rank 2": (low[2], low[2], {}, few),
+        "rank 8 of 128": (low[8], low[8], {}, set()),
+        "rank 8, and 100 at first": (low[8], low[8], {"monitor/projection_rank": 100.0}, few),
+        "as at first": (q, q, {"monitor/projection_rank": 60.0}, set()),
+        "the nearest key is a twin's": (twins, swapped, {}, set()),
+        "nearly alike, and told apart": (1 + 0.01 * q, 1 + 0.01 * q, {}, few),
+        "all alike": (torch.ones(64, 128), torch.ones(64, 128), {}, few | chance),
+    }
+    for name, (query, key, first, expected) in cases.items():
+        metrics, problems = seen(query, key, first=first)
+        assert set(problems.values()) <= set(metrics), name
+        assert {words.split(";")[0] for words in problems} == expected, (name, problems)
+
+
+# Several processes
+
+
+def one_step(data, run_dir):
+    """train() for one step of 24 images, in float64, without BatchNorm's coupling and with the simplest
+    augmentation."""
+
+    class Fixed(MoCoV3):
+        def __init__(self, *shape):
+            super().__init__(*shape)
+            self.to(DOUBLE).eval()
+            for module in self.modules():
+                if isinstance(module, torch.nn.BatchNorm1d):
+                    module.running_var.fill_(0.25)
+
+    def darker(images, u, *_):
+        return images.to(DOUBLE) / 255 * u[:, :1, None, None]
+
+    with mock.patch("moco_v3.MoCoV3", Fixed), mock.patch("moco_v3.augment", darker):
+        flags = {"batch_size": 24, "epochs": 1, "image_size": 16, "hidden_dim": 32}
+        moco_v3.train(tiny_args("moco_v3", data=str(data), run_dir=str(run_dir), **flags))
+
+
+def saved(run_dir):
+    """Weights, gradients, which are ten times AdamW's first means, and metrics that one_step left."""
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    gradients = [10 * moments["exp_avg"] for moments in state["optimizer"]["state"].values()]
+    return state["model"], gradients, state["recent"][0]
+
+
+def test_two_processes_are_one(folder, tmp_path):
+    """Loss, gradient and metrics of train() under DDP, with BatchNorm in eval mode: keys of both are
+    candidates, and each process has the loss of the whole batch."""
+    code = f"""
+import os, torch, moco_v3
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_moco_v3 import one_step
+losses, ctr = [], moco_v3.ctr
+moco_v3.ctr = lambda *a: losses.append((ctr(*a), len(a[0]), len(a[1]))) or losses[-1][0]
+one_step({str(folder)!r}, "two")
+torch.save([(loss.item(), *sizes) for loss, *sizes in losses], "loss" + os.environ["RANK"] + ".pt")
+"""
+    run_processes(tmp_path, code)
+    one_step(folder, tmp_path / "one")
+    (weights, two, metrics), (initial, one, expected) = saved(tmp_path / "two"), saved(tmp_path / "one")
+    losses = [torch.load(tmp_path / f"loss{rank}.pt") for rank in (0, 1)]
+    assert losses[0] == losses[1] and all(sizes == [24, 24] for _, *sizes in losses[0])
+    assert sum(loss for loss, *_ in losses[0][:2]) == pytest.approx(expected["train/loss"], abs=1e-12)
+    assert all(torch.equal(weights[name], initial[name]) for name in initial)
+    assert max((a - b).abs().max() for a, b in zip(two, one, strict=True)) < 1e-12
+    assert len(one) == 86 and max(g.abs().max() for g in one) > 1e-3
+    for tag in expected:
+        if tag != "perf/images_per_second":
+            assert metrics[tag] == pytest.approx(expected[tag], abs=1e-6), tag
+
+
+def test_training_is_the_same_in_processes(tmp_path):
+    """train() itself for six steps, without BatchNorm's coupling and with all of the augmentation."""
     code = """
-import os
-import torch
-import moco_v3
-def fixed(self, x):
-    return x if self.weight is None else x * self.weight + self.bias
-torch.nn.BatchNorm1d.forward = fixed
-grads, step = [], torch.optim.AdamW.step
-def spy(self, *arguments):
-    grads.append([p.grad.clone() for p in self.param_groups[0]["params"]])
-    return step(self, *arguments)
-torch.optim.AdamW.step = spy
+import sys, torch, moco_v3
+from torch import nn
+class Scale(nn.BatchNorm1d):
+    def forward(self, x):
+        return x if self.weight is None else x * self.weight + self.bias
+moco_v3.nn.BatchNorm1d = Scale
 args = moco_v3.Args(
-    data="photos", image_size=16, patch_size=8, batch_size=24, epochs=2, warmup_epochs=0.5, hidden_dim=64,
-    workers=0, log_every=1, run_dir="run" + os.environ.get("WORLD_SIZE", "1"),
+    data="photos", image_size=16, batch_size=24, epochs=1, warmup_epochs=0.01, workers=0, log_every=1,
+    blurs=(0.9, 0.5), solarize=0.5, base_lr=1e-2, momentum=0.5, hidden_dim=64, run_dir="RUN",
 )
 moco_v3.train(args)
-torch.save(grads[0], f"{args.run_dir}-{os.environ.get('RANK', 0)}.pt")
 """
     (tmp_path / "photos").mkdir()
-    for i in range(72):
+    for i in range(144):
         moco_v3.demo_image(i)[0].save(tmp_path / "photos" / f"{i:03d}.png")
-    monkeypatch.chdir(tmp_path)
-    for method in (torch.nn.BatchNorm1d, "forward"), (torch.optim.AdamW, "step"):
-        monkeypatch.setattr(*method, getattr(*method))  # put back after the test
-    exec(code, {})
-    run_processes(tmp_path, code)
-    logs = [(tmp_path / f"run{n}/metrics.jsonl").read_text().splitlines() for n in (1, 2)]
-    assert len(logs[0]) == len(logs[1]) == 6
-    for first, line in (map(json.loads, lines) for lines in zip(*logs, strict=True)):
-        tags = "train/loss train/grad_norm moco_v3/gap monitor/projection_rank monitor/effective_rank"
+    curves = {}
+    for n in (1, 2):
+        run_processes(tmp_path, code.replace("RUN", f"run{n}"), n)
+        lines = (tmp_path / f"run{n}/metrics.jsonl").read_text().splitlines()
+        curves[n] = [json.loads(line) for line in lines]
+    assert len(curves[1]) == len(curves[2]) == 6
+    for line, first in zip(curves[2], curves[1], strict=True):
+        tags = "train/loss train/lr train/grad_norm moco_v3/gap monitor/projection_rank monitor/feature_std"
         for tag in tags.split():
             assert line[tag] == pytest.approx(first[tag], rel=1e-3, abs=1e-5), tag
-    one, two, other = (torch.load(tmp_path / name) for name in ("run1-0.pt", "run2-0.pt", "run2-1.pt"))
-    assert len(one) == 86  # all but the frozen ones
-    for a, b, c in zip(one, two, other, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
-        assert torch.equal(b, c)
+    losses = [line["train/loss"] for line in curves[1]]
+    assert losses[0] != pytest.approx(losses[-1], rel=1e-2)
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ({"image_size": 36}, "--image-size 36: give a multiple of --patch-size 8"),
-        ({"batch_size": 1}, "--batch-size 1: give a multiple of 1, from 2 to 4096 images"),
-        ({"momentum": 1.5}, "--momentum 1.5: must be 0 or more, at most 1"),
-    ],
-)
-def test_bad_flags(tmp_path, flags, message):
+# Flags and commands
+
+
+def test_patches_must_fit(tmp_path):
     with pytest.raises(SystemExit) as stop:
+        moco_v3.train(tiny_args("moco_v3", run_dir=str(tmp_path / "run"), image_size=36))
+    assert stop.value.code == "--image-size 36: give a multiple of --patch-size 8"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags", [{"momentum": 1.5}, {"solarize": 1.5}, {"blurs": (0.5, 2.0)}])
+def test_chances_are_at_most_1(tmp_path, flags):
+    with pytest.raises(SystemExit, match=rf"^--{[*flags][0]} .*: must be at least 0 and at most 1$"):
         moco_v3.train(tiny_args("moco_v3", run_dir=str(tmp_path / "run"), **flags))
-    assert message in str(stop.value) and not (tmp_path / "run").exists()
 
 
-def test_paper_commands_are_the_sheet_s():
-    commands = re.findall(
-        r"torchrun --nnodes \d --nproc-per-node 8 moco_v3\.py(.*?)(?<!\\)\n", moco_v3.__doc__, re.S
+def test_paper_command_is_the_sheet_s():
+    [command] = re.findall(
+        r"torchrun --nnodes 4 --nproc-per-node 8 moco_v3\.py(.*?)(?<!\\)\n", moco_v3.__doc__, re.S
     )
-    vit, resnet = (tyro.cli(moco_v3.Args, args=words.replace("\\\n", " ").split()) for words in commands)
-    assert (vit.arch, vit.patch_size, vit.epochs, vit.warmup_epochs) == ("vit_small", 16, 300, 40)
-    assert (vit.base_lr, vit.weight_decay, vit.temperature, vit.min_scale) == (1.5e-4, 0.1, 0.2, 0.08)
-    assert (resnet.arch, resnet.stem, resnet.zero_init) == ("resnet50", "imagenet", True)
-    assert (resnet.epochs, resnet.warmup_epochs, resnet.min_scale) == (100, 10, 0.2)
-    assert (resnet.base_lr, resnet.weight_decay, resnet.temperature) == (0.6, 1e-6, 1.0)
-    for args in (vit, resnet):
-        assert (args.image_size, args.batch_size, args.momentum) == (224, 4096, 0.99)
-        assert (args.hidden_dim, args.proj_dim, args.freeze_patch_embed) == (4096, 256, True)
-        assert (args.jitter, args.blurs, args.solarize) == ((0.4, 0.4, 0.2, 0.1), (1.0, 0.1), 0.2)
+    args = tyro.cli(moco_v3.Args, args=command.replace("\\\n", " ").split())
+    assert (args.arch, args.patch_size, args.epochs, args.warmup_epochs) == ("vit_small", 16, 300, 40)
+    assert (args.base_lr, args.weight_decay, args.temperature, args.min_scale) == (1.5e-4, 0.1, 0.2, 0.08)
+    assert (args.image_size, args.batch_size, args.momentum) == (224, 4096, 0.99)
+    assert (args.hidden_dim, args.negatives) == (4096, True)
+    assert (args.jitter, args.blurs, args.solarize) == ((0.4, 0.4, 0.2, 0.1), (1.0, 0.1), 0.2)
+    with torch.device("meta"):
+        model = MoCoV3(args.arch, args.image_size, args.patch_size, args.hidden_dim)
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == official_shapes()
