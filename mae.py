@@ -328,9 +328,9 @@ def train(args: Args) -> dict:
                 with torch.autocast(device.type, amp, enabled=amp is not None):
                     pred, mask, latent = net(images, args.mask_ratio, noise)
                 target, patch_mean, patch_std = pixel_targets(images, args.patch_size, args.norm_pix)
-                share = mae_loss(pred, target, mask) / len(chunks)  # chunks are of one size
-                scaler.scale(share).backward()
-                loss = loss + share.detach()
+                part = mae_loss(pred, target, mask) / len(chunks)  # chunks are of one size
+                scaler.scale(part).backward()
+                loss = loss + part.detach()
 
             step += 1
             run.bar.update()
