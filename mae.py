@@ -282,12 +282,12 @@ def train(args: Args) -> dict:
     model = MAE(args.arch, args.image_size, args.patch_size).to(device)
     weights = model.state_dict()  # the parameters' memory: always current
     encoder = {k: v for k, v in weights.items() if not k.startswith(("decoder", "mask_token"))}
-    if args.init:
-        load_encoder(encoder, args.init)
     dim, depth, heads = VITS[args.arch]
     shape = {"img_size": args.image_size, "patch_size": args.patch_size, "num_classes": 0}
     shape |= {"embed_dim": dim, "depth": depth, "num_heads": heads}
     facts = {"builder": "timm.VisionTransformer", "arch_args": shape, "feature_dim": dim}  # for backbone.pt
+    if args.init:
+        load_encoder(encoder, args.init, shape)
 
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay}]
@@ -550,8 +550,8 @@ def check_flags(args, may_be_zero, at_most):
 
 def images_per_pass(args, images, world):
     """By --micro-batch-size; SystemExit unless processes share the batch, and passes a process's, evenly."""
-    if not 2 <= args.batch_size <= images or args.batch_size % world:
-        allowed = f"give a multiple of {world}, from 2 to {images}, the images in {args.data}"
+    if not 2 * world <= args.batch_size <= images or args.batch_size % world:
+        allowed = f"give a multiple of {world}, from {2 * world} to {images}, the images in {args.data}"
         sys.exit(f"--batch-size {args.batch_size}: {allowed}")
     share = args.batch_size // world
     sizes = [size for size in range(1, share + 1) if share % size == 0]
@@ -598,7 +598,7 @@ def cosine_schedule(step, total, warmup, base, final=0.0):
     """From 0 in a straight line to base at step `warmup`, then in half a cosine to final at step `total`."""
     if step < warmup:
         return base * step / warmup
-    return final + (base - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    return final + (base - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
 
 @torch.no_grad()
@@ -663,11 +663,13 @@ def open_run(args, method, parts, images, amp):
         sys.exit(f"{folder}: args.json or checkpoint.pt is damaged, or the disk is full: {words}: {anew}")
 
 
-def load_encoder(encoder, path):
+def load_encoder(encoder, path, arch_args):
     """Start the encoder {name: tensor} from a backbone.pt (--init); all of it has to fit."""
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in encoder.items()}:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+        weights, heads = held["state_dict"], arch_args.get("num_heads")  # which no shape shows
+        alike = {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in encoder.items()}
+        if not alike or held.get("arch_args", {}).get("num_heads", heads) != heads:
             raise ValueError("its weights are not those of this encoder")
     except Exception as error:  # no such file, no backbone.pt
         sys.exit(f"--init {path}: {' '.join(str(error).split())[:200]}; convert.py makes a backbone.pt")
@@ -718,7 +720,7 @@ def check_finite(step, loss, grad_norm, scaler):
     """SystemExit if the loss, or the gradient of a step that float16 would not skip, is absurd."""
     skips = scaler.is_enabled() and scaler.get_scale() > 1
     if not (loss if skips else loss + grad_norm) < 1e9:
-        remedy = "lower --base-lr; or are the images of a batch all alike, black?"
+        remedy = "lower the learning rate; or are the images of a batch all alike, black?"
         sys.exit(f"step {step}: loss {loss:g}, gradient {grad_norm:g}; {remedy}")
 
 
@@ -774,7 +776,7 @@ def save_run(run, step, encoder, **facts):
         return
     weights = {name: tensor.cpu() for name, tensor in encoder.items()}
     if not all(tensor.isfinite().all() for tensor in weights.values()):  # a skipped float16 step can do that
-        sys.exit(f"step {step}: a weight is not finite, nothing is saved; lower --base-lr")
+        sys.exit(f"step {step}: a weight is not finite, nothing is saved; lower the learning rate")
     facts |= {"method": run.method, "arch": run.args.arch, "image_size": run.args.image_size}
     facts |= {"mean": MEAN, "std": STD, "state_dict": weights}
     save_checkpoint(run.folder / "backbone.pt", **facts)

@@ -3,6 +3,7 @@
 Each run here is a call of train(args); test_hardening.py has disks, signals, kills and several processes.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -198,6 +199,11 @@ def test_a_warm_up_longer_than_the_run_is_cut_to_it(module, folder):
 
 
 @pytest.mark.shared
+def test_a_schedule_that_is_all_warm_up_ends_at_its_base(module):
+    assert [module.cosine_schedule(step, 2, 2, 1.0) for step in range(3)] == [0, 0.5, 1]
+
+
+@pytest.mark.shared
 def test_a_world_without_ranks_is_refused(module, folder, tmp_path, monkeypatch):
     """As under a scheduler that sets this variable alone."""
     monkeypatch.delenv("RANK", raising=False)
@@ -219,6 +225,8 @@ def test_a_batch_is_shared_evenly_or_refused(module):
     for wrong in (0, 1, 41):
         with pytest.raises(SystemExit, match=f"^--batch-size {wrong}: .*2 to 40, the images in photos$"):
             check(wrong, 1)
+    with pytest.raises(SystemExit, match="^--batch-size 4: give a multiple of 4, from 8 to 40, the images"):
+        check(4, 4)  # BatchNorm1d of one row
     for world, micro, sizes in ((1, 3, "1, 2, 4, 8"), (2, 8, "1, 2, 4"), (1, 16, "1, 2, 4, 8")):
         with pytest.raises(SystemExit, match=rf"^--micro-batch-size {micro}: .*\[{sizes}\]$"):
             check(8, world, micro)
@@ -939,3 +947,15 @@ def test_a_start_that_does_not_match_is_refused(module, folder, whole):
         stopped(module, dataclasses.replace(args, init="bad.pt"), "^--init bad.pt: .*convert.py makes")
     stopped(module, dataclasses.replace(args, init="none.pt"), "^--init none.pt: .*No such file")
     assert not Path("c").exists()
+
+
+@pytest.mark.shared
+def test_heads_that_no_shape_shows_are_compared(module, whole, tmp_path):
+    """A small ViT has 6 heads in one method and 12 in another; a file of the first edition does not say."""
+    backbone = load(whole / "backbone.pt")
+    for held, own, fits in ((6, 6, True), (6, 12, False), (None, 12, True), (None, None, True)):
+        arch_args = {"num_heads": held} if held else {}
+        torch.save({"state_dict": backbone["state_dict"], "arch_args": arch_args}, "heads.pt")
+        encoder = {name: tensor.clone() for name, tensor in backbone["state_dict"].items()}
+        with contextlib.nullcontext() if fits else pytest.raises(SystemExit, match="weights are not those"):
+            module.load_encoder(encoder, "heads.pt", {"num_heads": own} if own else {})
