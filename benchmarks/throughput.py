@@ -417,18 +417,17 @@ def ijepa_step(batch_size, rounds, image_size=32, patch_size=4):
 
     def ours():
         model = ijepa.IJEPA("vit_nano", image_size, patch_size)
-        target_encoder = ijepa.IJEPA("vit_nano", image_size, patch_size).encoder.requires_grad_(False)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, 1e-3, fused=True)
 
         def step():
             with torch.no_grad():
-                target = ijepa.apply_masks(ijepa.target_features(target_encoder(images)), targets)
+                target = ijepa.apply_masks(ijepa.target_features(model.target_encoder(images)), targets)
             loss = ijepa.ijepa_loss(model(images, context, targets), target)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            ijepa.momentum_update(model.encoder, target_encoder, 0.996)
+            ijepa.momentum_update(model.encoder, model.target_encoder, 0.996)
 
         return step
 

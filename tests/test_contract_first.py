@@ -592,7 +592,6 @@ SAFEGUARDS = {
     "clip": [(shuffled_captions, "found by chance")],
     "dino": [({"centering": False, "momentum": 0.9}, "one-hot"), ({"sharpening": False}, "uniform")],
     "dinov2": [({"centering": False, "momentum": 0.9}, "one-hot"), ({"sharpening": False}, "uniform")],
-    "ijepa": [({"stop_gradient": False}, "hardly differ"), ({"momentum": 0.0}, "hardly differ")],
     "pretext": [(random_turns, "it learns nothing")],
 }
 SHORT = {

@@ -12,8 +12,8 @@ import torch
 import torchvision
 from conftest import run_processes, tiny_args
 
+import dinov2
 import eval_linear
-import ijepa
 import simclr
 from eval_linear import Args, accuracy, evaluate, fit_logreg, knn, linear_probe, load_backbone, logreg
 
@@ -39,7 +39,7 @@ def backbone_file(tmp_path):
     net, width = simclr.resnet("resnet18", "imagenet")
     args = simclr.Args(image_size=32)
     (tmp_path / "run").mkdir()
-    ijepa.export_backbone(tmp_path / "run", "simclr", args, width, net.state_dict(), stem="imagenet")
+    dinov2.export_backbone(tmp_path / "run", "simclr", args, width, net.state_dict(), stem="imagenet")
     return tmp_path / "run/backbone.pt"
 
 
@@ -334,7 +334,7 @@ def vit_file(tmp_path):
     options = {"patch_size": 8, "xavier": True, "fixed_positions": True}
     folder = tmp_path / "vit"
     folder.mkdir()
-    ijepa.export_backbone(folder, "mae", args, 128, weights, **options)
+    dinov2.export_backbone(folder, "mae", args, 128, weights, **options)
     return folder / "backbone.pt"
 
 

@@ -25,6 +25,7 @@ VARIANTS = {
         {"sinkhorn": True, "drop_path_rate": 0.5, "registers": 2},
         {"shared_head": True, "dino_weight": 0.0, "ffn": "swiglu"},
     ],
+    "ijepa": [{"stop_gradient": False, "patch_size": 4}],
     "mae": [{"micro_batch_size": 4, "norm_pix": True}],
     "moco": [
         {"bn_splits": 2, "mlp": False, "schedule": "steps"},

@@ -26,11 +26,10 @@ LINES |= {
     "pretext": 825,
     "dino": 840,
     "eval_linear": 1287,
-    "ijepa": 757,
 }
 # of the second edition, in all and before Plumbing; of functions (DESIGN 2.4)
-LINES |= {"byol": 794, "mae": 791, "moco": 806, "moco_v3": 825, "simclr": 784}
-FRONT = {"byol": 369, "mae": 366, "moco": 381, "moco_v3": 400, "simclr": 359}
+LINES |= {"byol": 794, "ijepa": 825, "mae": 791, "moco": 806, "moco_v3": 825, "simclr": 784}
+FRONT = {"byol": 369, "ijepa": 400, "mae": 366, "moco": 381, "moco_v3": 400, "simclr": 359}
 TRAIN = {"ijepa": 120, "dino": 120, "pretext": 120, "beit": 90, "clip": 135, "dinov2": 135}
 FUNCTION, CHARACTERS, PARAGRAPH = 45, 58, 12
 PACKAGES = {"torch", "torchvision", "timm", "einops", "tyro", "tensorboard", "tqdm"}
@@ -44,7 +43,8 @@ PUBLIC = {  # DESIGN section 7
     "clip": "CLIP clip_loss tokenize zero_shot_classifier",
     "dino": "VisionTransformer DINOHead dino_loss update_center dino_schedule momentum_update",
     "dinov2": "DINOv2 DINOv2ViT dino_losses ibot_loss koleo_loss sinkhorn_knopp draw_masks momentum_update",
-    "ijepa": "IJEPA multiblock_masks apply_masks target_features ijepa_loss ijepa_schedule momentum_update",
+    "ijepa": "IJEPA multiblock_masks apply_masks target_features ijepa_loss momentum_update random_crop "
+    "monitor masks_picture",
     "mae": "MAE patchify unpatchify random_masking pixel_targets mae_loss random_crop monitor reconstruction",
     "moco": "MoCo info_nce enqueue momentum_update random_crop augment resnet monitor",
     "moco_v3": "MoCoV3 MoCoViT mlp_head ctr momentum_update random_crop augment monitor",
