@@ -289,19 +289,21 @@ def dino_step(batch_size, rounds):
     views = [torch.randn(batch_size, 3, side, side) for side in sides]
 
     def ours():
-        student, teacher = dino.build(args), dino.build(args).requires_grad_(False)
+        shape = (args.image_size, args.patch_size, args.out_dim, args.head_dim, args.norm_last_layer)
+        model = dino.DINO(args.arch, *shape, args.drop_path)
+        student, teacher = model.student, model.teacher
         trained = [p for p in student.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, 1e-4, fused=True)
-        center, batches = torch.zeros(1, args.out_dim), [torch.cat(views[:2]), torch.cat(views[2:])]
+        batches = [torch.cat(views[:2]), torch.cat(views[2:])]
 
         def step():
             with torch.no_grad():
                 teacher_logits = teacher(batches[0]).unflatten(0, (2, -1))
             logits = torch.cat([student(images) for images in batches]).unflatten(0, (len(views), -1))
-            loss = dino.dino_loss(logits, teacher_logits, center, 0.1, 0.04)
+            loss = dino.dino_loss(logits, teacher_logits, model.center, 0.1, 0.04)
             optimizer.zero_grad()
             loss.backward()
-            dino.update_center(center, teacher_logits, 0.9)
+            dino.update_center(model.center, teacher_logits, 0.9)
             optimizer.step()
             dino.momentum_update(student, teacher, 0.99)
 

@@ -590,7 +590,6 @@ def random_turns(module, monkeypatch):
 SAFEGUARDS = {
     "beit": [(one_code, "perplexity 1.0")],
     "clip": [(shuffled_captions, "found by chance")],
-    "dino": [({"centering": False, "momentum": 0.9}, "one-hot"), ({"sharpening": False}, "uniform")],
     "dinov2": [({"centering": False, "momentum": 0.9}, "one-hot"), ({"sharpening": False}, "uniform")],
     "pretext": [(random_turns, "it learns nothing")],
 }
@@ -608,7 +607,6 @@ FASTER = {
     "beit": {"image_size": 16, "min_block": 2, "lr": 2e-3},
     "clip": {"lr": 2e-3, "context_length": 40},
     # the alarm is not armed while the prototypes are frozen; large patches take less time
-    "dino": {"freeze_last_layer": 0, "patch_size": 16, "local_crops": 0},
     "dinov2": {"freeze_last_layer": 0, "patch_size": 16, "local_crops": 0},
     "pretext": {"base_lr": 0.06, "image_size": 24, "min_scale": 1.0, "log_every": 6, "warmup_epochs": 0.4},
 }

@@ -147,7 +147,6 @@ def test_many_flags(script, folder, capsys):
 
 # What was found by these tests
 FOUND = {
-    "dino": [{"arch": "resnet18", "batch_size": 1, "local_crops": 1}],
     "mae": [{"mask_ratio": math.inf}, {"mask_ratio": 1e30}],
     "pretext": [{"task": "jigsaw", "batch_size": 1}, {"task": "colorization", "image_size": 1}],
 }

@@ -20,7 +20,10 @@ every_script = pytest.mark.parametrize("script", TRAINING)
 VARIANTS = {
     "beit": [{"positions": "absolute", "micro_batch_size": 3}, {"positions": "shared", "drop_path": 0.5}],
     "byol": [{"optimizer": "lars", "predictor": False}, {"stop_gradient": False, "blurs": (1.0, 0.5)}],
-    "dino": [{"arch": "resnet18", "crop_blurs": (1.0, 0.5, 0.5)}, {"drop_path": 0.5, "sharpening": False}],
+    "dino": [
+        {"norm_last_layer": False, "crop_blurs": (1.0, 0.5, 0.5)},
+        {"drop_path": 0.5, "sharpening": False, "local_crops": 0},
+    ],
     "dinov2": [
         {"sinkhorn": True, "drop_path_rate": 0.5, "registers": 2},
         {"shared_head": True, "dino_weight": 0.0, "ffn": "swiglu"},

@@ -141,7 +141,7 @@ def test_nan_stops_before_anything_is_saved(module, folder, monkeypatch, spoil):
     undo = spoil(module, monkeypatch, 2)
     flags = {"data": str(folder), "epochs": 1, "run_dir": "run", "save_minutes": 0.0}
     try:
-        stopped(module, tiny_args(module.__name__, **flags), "^step 2: loss .*gradient .*lower --")
+        stopped(module, tiny_args(module.__name__, **flags), "^step 2: loss .*gradient .*lower the learning rate")
     finally:
         undo() if undo else None
     assert [line["step"] for line in metrics_of("run")] == [1]
@@ -155,7 +155,7 @@ def test_nan_between_two_log_steps_stops_at_the_next(module, folder, monkeypatch
     """In step 2 of 5, with log steps 1, 3 and 5: step 3 is named and not saved."""
     spoil_gradient(module, monkeypatch, 2)
     flags = {"data": str(folder), "epochs": 1, "run_dir": "run", "log_every": 3, "save_minutes": 0.0}
-    stopped(module, tiny_args(module.__name__, **flags), "^step 3: loss .*lower --")
+    stopped(module, tiny_args(module.__name__, **flags), "^step 3: loss .*lower the learning rate")
     assert load("run/checkpoint.pt")["step"] == 1 and [line["step"] for line in metrics_of("run")] == [1]
 
 
@@ -165,7 +165,7 @@ def test_nan_in_the_step_of_a_signal_is_not_saved(module, folder, monkeypatch):
     spoil_gradient(module, monkeypatch, 2)
     at_step(module, monkeypatch, 2, lambda: send(signal.SIGTERM))
     args = tiny_args(module.__name__, data=str(folder), epochs=1, run_dir="run", log_every=100)
-    stopped(module, args, "^step 2: loss .*lower --")
+    stopped(module, args, "^step 2: loss .*lower the learning rate")
     assert not Path("run/checkpoint.pt").exists()
 
 

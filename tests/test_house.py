@@ -24,12 +24,11 @@ LINES = {"convert": 250, "beit": 969, "clip": 1134, "dinov2": 1041}
 # each of three tasks 60, a second stage 150, clip's text, pairs, zero-shot and --classify 340
 LINES |= {
     "pretext": 825,
-    "dino": 840,
     "eval_linear": 1287,
 }
 # of the second edition, in all and before Plumbing; of functions (DESIGN 2.4)
-LINES |= {"byol": 794, "ijepa": 825, "mae": 791, "moco": 806, "moco_v3": 825, "simclr": 784}
-FRONT = {"byol": 369, "ijepa": 400, "mae": 366, "moco": 381, "moco_v3": 400, "simclr": 359}
+LINES |= {"byol": 794, "dino": 942, "ijepa": 825, "mae": 791, "moco": 806, "moco_v3": 825, "simclr": 784}
+FRONT = {"byol": 369, "dino": 517, "ijepa": 400, "mae": 366, "moco": 381, "moco_v3": 400, "simclr": 359}
 TRAIN = {"ijepa": 120, "dino": 120, "pretext": 120, "beit": 90, "clip": 135, "dinov2": 135}
 FUNCTION, CHARACTERS, PARAGRAPH = 45, 58, 12
 PACKAGES = {"torch", "torchvision", "timm", "einops", "tyro", "tensorboard", "tqdm"}
@@ -41,7 +40,8 @@ PUBLIC = {  # DESIGN section 7
     "beit": "DVAE BEiT block_mask",
     "byol": "BYOL byol_loss momentum_update LARS random_crop augment resnet head monitor",
     "clip": "CLIP clip_loss tokenize zero_shot_classifier",
-    "dino": "VisionTransformer DINOHead dino_loss update_center dino_schedule momentum_update",
+    "dino": "VisionTransformer DINOHead DINO dino_loss update_center dino_schedule momentum_update "
+    "random_crop multi_crop augment augment_crops target_moments monitor attention_page",
     "dinov2": "DINOv2 DINOv2ViT dino_losses ibot_loss koleo_loss sinkhorn_knopp draw_masks momentum_update",
     "ijepa": "IJEPA multiblock_masks apply_masks target_features ijepa_loss momentum_update random_crop "
     "monitor masks_picture",
