@@ -322,6 +322,11 @@ def gpu_check(monkeypatch):
     return importlib.import_module("gpu_check")
 
 
+def quick_check(gpu_check, folder, **flags):
+    flags = {"sections": ("scripts",), "out": str(folder / "numbers.json")} | flags
+    return gpu_check.Args(device="cpu", quick=True, workers=0, **flags)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_gpu_check_says_that_there_is_no_gpu(gpu_check):
     with pytest.raises(SystemExit, match="no GPU.*--device cpu --quick"):
@@ -331,16 +336,33 @@ def test_gpu_check_says_that_there_is_no_gpu(gpu_check):
 @pytest.mark.parametrize(
     "script", ["mae", *(pytest.param(s, marks=pytest.mark.slow) for s in TRAINING if s != "mae")]
 )
-def test_gpu_check_on_the_cpu(gpu_check, script, capsys):
-    args = gpu_check.Args(device="cpu", quick=True, workers=0, scripts=(script,))
+def test_gpu_check_on_the_cpu(gpu_check, script, capsys, tmp_path):
+    args = quick_check(gpu_check, tmp_path, scripts=(script,))
     assert set(TRAINING) == set(gpu_check.SCRIPTS) and not gpu_check.main(args)
     said = capsys.readouterr().out
     assert "0 rows failed" in said and all(word in said for word in ("float32", "bf16", "overflow", script))
 
 
+@pytest.mark.parametrize(
+    "section", ["logs", "evaluation", *(pytest.param(s, marks=pytest.mark.slow) for s in ("steps", "loader"))]
+)
+def test_sections_of_gpu_check_on_the_cpu(gpu_check, section, tmp_path):
+    assert not gpu_check.main(quick_check(gpu_check, tmp_path, sections=(section,)))
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert numbers["card"] == "CPU" and numbers[section]
+
+
 @pytest.mark.slow
-def test_gpu_check_notices_what_fails(gpu_check, capsys, monkeypatch):
-    args = gpu_check.Args(device="cpu", quick=True, workers=0, scripts=("mae",))
+def test_gpu_check_learns_from_photos(gpu_check, photos, tmp_path):
+    args = quick_check(gpu_check, tmp_path, sections=("photos",), photos=str(photos))
+    assert not gpu_check.main(args)
+    held = json.loads((tmp_path / "numbers.json").read_text())["photos"]
+    assert held["training"]["epochs"] == 1 and {"logreg", "knn"} <= held.keys()
+
+
+@pytest.mark.slow
+def test_gpu_check_notices_what_fails(gpu_check, capsys, monkeypatch, tmp_path):
+    args = quick_check(gpu_check, tmp_path, scripts=("mae",))
     monkeypatch.setattr(
         gpu_check, "CASES", {k: v for k, v in gpu_check.CASES.items() if k in ("float32", "bf16")}
     )

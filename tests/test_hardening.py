@@ -141,7 +141,9 @@ def test_nan_stops_before_anything_is_saved(module, folder, monkeypatch, spoil):
     undo = spoil(module, monkeypatch, 2)
     flags = {"data": str(folder), "epochs": 1, "run_dir": "run", "save_minutes": 0.0}
     try:
-        stopped(module, tiny_args(module.__name__, **flags), "^step 2: loss .*gradient .*lower the learning rate")
+        stopped(
+            module, tiny_args(module.__name__, **flags), "^step 2: loss .*gradient .*lower the learning rate"
+        )
     finally:
         undo() if undo else None
     assert [line["step"] for line in metrics_of("run")] == [1]
