@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.4", "torchvision>=0.19", "einops", "tyro", "tensorboard", "tqdm"]
 # ///
-r"""DINO: learn features by saying of any crop of an image what an average of oneself says of other crops.
+r"""DINO: learn features by saying of any crop of an image what one's moving average says of other crops.
 
 Paper: Caron et al. 2021, arXiv 2104.14294; where paper and official PyTorch code differ, the code.
 Student and teacher, its moving average, turn crops into logits over K prototypes: the student all crops, two
@@ -20,7 +20,7 @@ Paper:  torchrun --nnodes 2 --nproc-per-node 8 dino.py --data imagenet/ --image-
             --epochs 100 --batch-size 1024 --base-lr 5e-4 --warmup-epochs 10 --workers 10
 
 Differs from the official code: no ResNets, which the paper has, too; crops resized as uint8 tensors, large
-JPEGs decoded smaller; one order of colours a batch; a true Gaussian blur, cut at 5 pixels; bfloat16 on GPUs
+JPEGs decoded smaller; colours in one order a batch; a true Gaussian blur, cut at 5 pixels; bfloat16 on GPUs
 that have it. Processes give loss, gradient and centre of one; each draws its own stochastic depth.
 """
 
@@ -65,7 +65,7 @@ class Args:
     data: str = "demo"  # demo, a folder of images in any layout, or a torchvision data set such as CIFAR10
     image_size: int = 32  # side of a view in pixels (paper: 224)
     local_size: int = 16  # side of a local crop in pixels (paper: 96)
-    local_crops: int = 2  # of an image (paper: 8; 0: none, then --min-scale 0.14)
+    local_crops: int = 2  # of an image (paper: 8; 0: none, then give --min-scale 0.14)
     patch_size: int = 8  # side of a patch in pixels (paper: 16 or 8)
     min_scale: float = 0.4  # smallest area of a crop as a share of the image (paper: 0.4)
     local_min_scale: float = 0.15  # of local crops, which reach up to min_scale (paper: 0.05)
@@ -77,13 +77,13 @@ class Args:
     drop_path: float = 0.0  # stochastic depth of the last block, 0 in the first (paper: 0.1)
     head_dim: int = 512  # width of the head's hidden layers (paper: 2048)
     out_dim: int = 1024  # K, number of prototypes (paper: 65536)
-    norm_last_layer: bool = True  # prototypes of length 1 (paper: on, long runs off)
+    norm_last_layer: bool = True  # prototypes of length 1 (paper: on, ViT-S off)
     teacher_temp: float = 0.02  # T_t; lower it if the teacher stays uniform (paper: 0.04 or 0.07)
     warmup_teacher_temp: float = 0.04  # T_t at the start of its warm-up (paper: 0.04)
-    warmup_teacher_temp_epochs: int = 0  # from it to --teacher-temp (paper: 0 or 30)
+    warmup_teacher_temp_epochs: int = 0  # epochs of its warm-up (paper: 0 or 30)
     student_temp: float = 0.1  # T_s (paper: 0.1)
     momentum: float = 0.99  # of the moving average (paper: 0.996, rising to 1 as here)
-    centering: bool = True  # without, the teacher is one-hot: watch it with --momentum 0.9
+    centering: bool = True  # without, targets become one-hot: watch it (--momentum 0.9)
     sharpening: bool = True  # without, T_t is T_s and the teacher uniform: watch it
     epochs: int = 8  # passes over the data (paper: 100 to 800)
     batch_size: int = 32  # images per step, of all processes together (paper: 1024)
@@ -92,7 +92,7 @@ class Args:
     final_weight_decay: float = 0.4  # reached in a cosine (paper: 0.4)
     warmup_epochs: float = 1.0  # linear from 0 (paper: 10)
     freeze_last_layer: int = 1  # epochs before the prototypes move (paper: 1)
-    clip_grad: float = 3.0  # largest norm of each tensor's gradient (paper: 3)
+    clip_grad: float = 3.0  # largest norm of each tensor's gradient (paper: 3; 1e9: any)
     init: str = ""  # backbone.pt that the encoder starts from, of convert.py or an earlier run
     seed: int = 0  # of all random numbers
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is one
@@ -234,7 +234,7 @@ VITS |= {"vit_base": (768, 12, 12), "vit_large": (1024, 24, 16), "vit_huge": (12
 
 def resize_positions(pos_embed, height, width):
     """Positions (1, 1 + N, D) of [CLS] and a square grid -> of height x width, bicubic; equal ones stay.
-    The official code adds 0.1 to the new sides, and so shifts the grid a little."""
+    As officially 0.1 is added to the new sides, which shifts the grid a little."""
     side = math.isqrt(pos_embed.shape[1] - 1)
     if (side, side) == (height, width):
         return pos_embed
@@ -378,7 +378,7 @@ def monitor(moments, h, loss):
 
 @torch.no_grad()
 def attention_page(vit, images, pixels):
-    """Images (B, 3, S, S), as `pixels` not normalised, and how [CLS] attends to them in each head of the
+    """Images (B, 3, S, S), the same as `pixels` in [0, 1], and how [CLS] attends to them in each head of the
     last block, at most 1: (B (1 + heads), 3, S, S)."""
     *earlier, last = vit.blocks
     x = last.norm1(nn.Sequential(*earlier)(vit.embed(images)))
@@ -400,9 +400,9 @@ def train(args: Args) -> dict:
     at_most = dict.fromkeys(("min_scale", "crop_blurs", "solarize", "drop_path", "momentum"), 1)
     at_most |= {"local_min_scale": args.min_scale if args.local_crops else 1}
     check_flags(args, may_be_zero, at_most)
-    views, shortest = multi_crop(args)
+    transforms, shortest = multi_crop(args)
     rank, world, device, amp = start_processes(args.device, args.amp)
-    data = Images(args, views, shortest)
+    data = Images(args, transforms, shortest)
     local_batch = images_per_pass(args, len(data.items), world)
     per_epoch = len(data.items) // args.batch_size
     total = args.epochs * per_epoch
@@ -446,7 +446,7 @@ def train(args: Args) -> dict:
     if rank == 0:
         print(f"{args.arch}, {amp}, {world} x {device}, effective learning rate {peak_lr:g}, {total} steps")
 
-    with guarded(run, total) as signals:  # of one process; adds run.bar, run.save_at
+    with guarded(run, total) as signals:  # torchrun: none; adds run.bar, save_at
         for *crops, _ in loader:  # all epochs that are left
             epoch = step // per_epoch
             lr = dino_schedule(step, total, warmup, peak_lr, 1e-6)
@@ -472,7 +472,7 @@ def train(args: Args) -> dict:
             center = model.center.clone()  # of before this step
             loss = dino_loss(student_logits, teacher_logits, center, args.student_temp, teacher_temp)
             if args.centering:
-                update_center(model.center, teacher_logits, 0.9)  # after its use
+                update_center(model.center, teacher_logits, 0.9)  # official
 
             optimizer.zero_grad()
             scaler.scale(loss).backward()
@@ -599,8 +599,8 @@ def read_image(file, shortest):
 
 
 def seeded(*integers):
-    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step), seed, number; no strings, whose hash
-    differs between processes. So workers, processes and a resume change nothing."""
+    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step, 4 layers), seed, number; no strings,
+    whose hash differs between processes. So workers, processes and a resume change nothing."""
     return torch.Generator().manual_seed(hash(integers) % 2**63)
 
 
@@ -756,7 +756,7 @@ def cosine_schedule(step, total, warmup, base, final=0.0):
 def collapse_metrics(features, center=False):
     """How much room the first 2,048 rows of features (B, D) take. feature_std: sqrt(D) x mean std of rows of
     length 1; 1 isotropic, 0 all alike. spread: 1 - |mean row|^2. effective_rank: RankMe (arXiv 2210.02885),
-    directions in use of min(rows, D); center departs, for h."""
+    directions in use of min(rows, D); center: of rows less their mean, as RankMe does not."""
     z = features[:2048].double()
     unit = F.normalize(z, dim=1)
     std = z.shape[1] ** 0.5 * unit.std(dim=0, correction=min(1, len(unit) - 1)).mean()

@@ -5,11 +5,11 @@
 r"""I-JEPA: learn features by predicting those of hidden blocks of an image from the rest of it.
 
 Paper: Assran et al. 2023, arXiv 2301.08243; where it and the official PyTorch code differ, the code.
-The context encoder f sees a block of an image less four target blocks M, its moving average f' all of it.
-From f(context) and the place of each patch i of M a narrow predictor g guesses t_i = f'(image)_i, normalised:
-  L = mean over blocks M and patches i in M of  smooth-L1(g(f(context), positions of M)_i - t_i)
-A constant f would give L = 0; but no gradient reaches the target, and it is slow. As targets move L says
-little: watch the effective rank, which falls at first and must rise.
+The context encoder f sees a block of an image less four target blocks, its moving average f' all of it. From
+f(context) and the place of each patch i of a target block a narrow predictor g guesses t_i = f'(image)_i:
+  L = mean over target blocks and their patches i of  smooth-L1(g(f(context), places of the block)_i - t_i)
+A constant f would give L = 0; but no gradient reaches the target, and the target is slow. A low L
+proves nothing: watch the effective rank, which must rise again; the alarm rings when all targets are alike.
 
 Demo:   python ijepa.py
 Photos: python ijepa.py --data photos/ --image-size 96 --arch vit_tiny --epochs 300 --batch-size 256 \
@@ -17,11 +17,12 @@ Photos: python ijepa.py --data photos/ --image-size 96 --arch vit_tiny --epochs 
 Paper:  torchrun --nnodes 2 --nproc-per-node 8 ijepa.py --data imagenet/ --image-size 224 --patch-size 14 \
             --arch vit_huge --epochs 300 --batch-size 2048 --warmup-epochs 40 --workers 10
 
-Differs from the official code: blocks lie anywhere, as in the paper; there never in the last row and column.
-Contexts are cut to one length at random, there from below; small targets are kept, there drawn again. Masks
-are those of the batch of all processes, which give loss and gradient of one. Patch embeddings start with
-0.02 x 16 / patch size, or small patches drown in their positions. Warm-up from 0, there from 2e-4. Crops
-flipped, bicubic. Encoders below vit_base too, smaller predictors.
+Differs from the official code: blocks lie anywhere, as in the paper; there never in the last row
+and column. Contexts are cut to one length at random, there the lowest patches go; small targets
+are kept, there drawn again. Masks are drawn for the global batch: processes give loss and gradient
+of one. Patch embeddings start with 0.02 x 16 / patch size, or small patches drown in their
+positions. Warm-up from 0, there from 2e-4. Crops are flipped and bicubic, there neither. Encoders
+below vit_base too, with smaller predictors.
 """
 
 import contextlib
@@ -72,12 +73,12 @@ class Args:
     targets: int = 4  # target blocks of an image (paper: 4)
     target_scale: tuple[float, float] = (0.15, 0.2)  # area of a target block (paper: 0.15 0.2)
     workers: int = 2  # processes that read images, for each training process
-    arch: Arch = "vit_nano"  # encoder, 128 to 1280 wide; predictor by it (paper: vit_base to vit_huge)
-    stop_gradient: bool = True  # without, the target is the online network, which gets its gradient: watch it
+    arch: Arch = "vit_nano"  # encoder, and its predictor (paper: the last three)
+    stop_gradient: bool = True  # without, f is its own target: watch it collapse
     momentum: float = 0.996  # of the moving average (paper: 0.996, rising to 1 as here)
     epochs: int = 28  # passes over the data (paper: 300 to 600)
     batch_size: int = 32  # images per step, of all processes together (paper: 2048)
-    lr: float = 1e-3  # learning rate (paper: 1e-3)
+    lr: float = 1e-3  # learning rate, whatever the batch (paper: 1e-3)
     weight_decay: float = 0.04  # strength of weight decay (paper: 0.04, not on biases and norms)
     final_weight_decay: float = 0.4  # reached in a cosine (paper: 0.4)
     warmup_epochs: float = 1.0  # linear from 0 (paper: 40)
@@ -105,13 +106,13 @@ def multiblock_masks(
     grid, batch_size, generator, targets=4, target_scale=(0.15, 0.2), min_keep=10, context_scale=(0.85, 1.0)
 ):
     """Patches of a grid x grid (Sec. 3): context (B, K) and target blocks (targets, B, M), in raster order.
-    Sizes are the batch's, places an image's own. A context is a block less the targets, drawn anew if it has
-    min_keep patches or fewer, after 20 times with the last target left in it, and so on."""
-    share, context_share = torch.rand(2, generator=generator).tolist()
+    Sizes are shared by the batch, places are each image's own. A context is a block less the targets, drawn
+    anew if it has min_keep patches or fewer; after 20 times the last target is not cut out, and so on."""
+    size, context_size = torch.rand(2, generator=generator).tolist()
 
-    def places(number, scale, share, aspect):  # (number, B, height x width)
+    def places(number, scale, size, aspect):  # (number, B, height x width)
         low, high = scale
-        area = int(grid**2 * (low + share * (high - low)))
+        area = int(grid**2 * (low + size * (high - low)))
         height = max(1, min(grid, round(math.sqrt(area * aspect))))
         width = max(1, min(grid, round(math.sqrt(area / aspect))))
         top = torch.randint(grid - height + 1, (number, batch_size, 1, 1), generator=generator)
@@ -119,14 +120,14 @@ def multiblock_masks(
         rows = top + torch.arange(height)[:, None]
         return (rows * grid + left + torch.arange(width)).flatten(2)
 
-    aspect = 0.75 + 0.75 * share  # by one number, as official
-    blocks = places(targets, target_scale, share, aspect)
+    aspect = 0.75 + size * (1.5 - 0.75)  # by the same number, as official
+    blocks = places(targets, target_scale, size, aspect)
     context = torch.zeros(batch_size, grid**2, dtype=torch.bool)
     for attempt in range(20 * (targets + 1)):  # ends, whatever the grid
         short = context.sum(dim=1, keepdim=True) <= min_keep
         if not short.any():
             break
-        drawn = torch.zeros_like(context).scatter(1, places(1, context_scale, context_share, 1)[0], True)
+        drawn = torch.zeros_like(context).scatter(1, places(1, context_scale, context_size, 1)[0], True)
         for block in blocks[: targets - attempt // 20]:
             drawn = drawn.scatter(1, block, False)
         context = torch.where(short, drawn, context)
@@ -267,8 +268,8 @@ def momentum_update(encoder_q, encoder_k, m):
 
 # --- Monitor ------------------------------------------------------------------------------------------------
 def monitor(moments, features):
-    """Metrics of moments (W, 2, N, D), means of targets and squares in W processes, and of features (B, D);
-    and what is wrong, {words: the metric that shows it}. Uses collapse_metrics."""
+    """Metrics of moments (W, 2, N, D), each process's mean over images of targets and of their squares, and
+    of features (B, D); and what is wrong, {words: metric that shows it}. Uses collapse_metrics."""
     mean, square = moments.mean(dim=0)
     variance = (square - mean.square()).mean().item()  # between images, 0: all alike
     metrics = {"ijepa/target_variance": variance}
@@ -294,7 +295,7 @@ def masks_picture(images, masks, patch_size):
 # --- Training -----------------------------------------------------------------------------------------------
 def train(args: Args) -> dict:
     """Pretrain in the run folder, from its checkpoint if it has one; returns the last metrics."""
-    at_most = {"min_scale": 1, "target_scale": 1, "momentum": 1}
+    at_most = {"min_scale": 1, "targets": 16, "target_scale": 0.5, "momentum": 1}
     check_flags(args, may_be_zero="momentum final_weight_decay", at_most=at_most)
     side = args.image_size // args.patch_size
     if args.image_size % args.patch_size or side < 4:
@@ -306,7 +307,7 @@ def train(args: Args) -> dict:
     images_per_pass(args, len(data.items), world)  # only checks
     per_epoch = len(data.items) // args.batch_size
     total = args.epochs * per_epoch
-    warmup = min(total - 1, round(args.warmup_epochs * per_epoch))  # before the last step
+    warmup = min(total - 1, round(args.warmup_epochs * per_epoch))
 
     torch.manual_seed(args.seed)
     model = IJEPA(args.arch, args.image_size, args.patch_size).to(device)
@@ -314,7 +315,7 @@ def train(args: Args) -> dict:
     shape = {"img_size": args.image_size, "patch_size": args.patch_size, "num_classes": 0}
     shape |= {"embed_dim": dim, "depth": depth, "num_heads": heads}
     shape |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
-    facts = {"builder": "timm.VisionTransformer", "arch_args": shape, "feature_dim": dim}  # for backbone.pt
+    facts = {"builder": "timm.VisionTransformer", "arch_args": shape, "feature_dim": dim}
     if args.init:
         load_encoder(model.encoder.state_dict(), args.init, shape)
         model.target_encoder.load_state_dict(model.encoder.state_dict())
@@ -339,14 +340,14 @@ def train(args: Args) -> dict:
     workers = {"num_workers": args.workers, "worker_init_fn": ignore_signals}
     loader = DataLoader(data, batch_sampler=keys, pin_memory=device.type == "cuda", **workers)
     min_keep = min(10, side**2 // 4)  # official: 10
-    blocks = args.targets, args.target_scale, min_keep
+    block_rules = args.targets, args.target_scale, min_keep
     mean, std = (torch.tensor(numbers, device=device).view(3, 1, 1) for numbers in (MEAN, STD))
     if rank == 0:
         print(f"{args.arch}, {amp}, {world} x {device}, effective learning rate {args.lr:g}, {total} steps")
 
-    with guarded(run, total) as signals:  # of one process; adds run.bar, run.save_at
+    with guarded(run, total) as signals:  # torchrun: none; adds run.bar, save_at
         for crops, _ in loader:  # all epochs that are left
-            lr = cosine_schedule(step + 1, total, warmup, args.lr, 1e-6)  # from 1, as official
+            lr = cosine_schedule(step + 1, total, warmup, args.lr, 1e-6)  # as official
             for group in optimizer.param_groups:
                 group["lr"] = lr
             decay = cosine_schedule(step + 1, total, 0, args.weight_decay, args.final_weight_decay)
@@ -355,7 +356,7 @@ def train(args: Args) -> dict:
 
             images = (crops.to(device, non_blocking=True) / 255 - mean) / std
             generator = seeded(3, args.seed, step)  # 1: crops, 2: order of the images, 3: masks
-            masks = multiblock_masks(side, args.batch_size, generator, *blocks)
+            masks = multiblock_masks(side, args.batch_size, generator, *block_rules)
             masks = (mask.chunk(world, dim=-2)[rank] for mask in masks)
             context, targets = (mask.to(device, non_blocking=True) for mask in masks)
             if step == 0 and rank == 0:
@@ -482,8 +483,8 @@ def read_image(file, shortest):
 
 
 def seeded(*integers):
-    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step), seed, number; no strings, whose hash
-    differs between processes. So workers, processes and a resume change nothing."""
+    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step, 4 layers), seed, number; no strings,
+    whose hash differs between processes. So workers, processes and a resume change nothing."""
     return torch.Generator().manual_seed(hash(integers) % 2**63)
 
 
@@ -639,7 +640,7 @@ def cosine_schedule(step, total, warmup, base, final=0.0):
 def collapse_metrics(features, center=False):
     """How much room the first 2,048 rows of features (B, D) take. feature_std: sqrt(D) x mean std of rows of
     length 1; 1 isotropic, 0 all alike. spread: 1 - |mean row|^2. effective_rank: RankMe (arXiv 2210.02885),
-    directions in use of min(rows, D); center departs, for h."""
+    directions in use of min(rows, D); center: of rows less their mean, as RankMe does not."""
     z = features[:2048].double()
     unit = F.normalize(z, dim=1)
     std = z.shape[1] ** 0.5 * unit.std(dim=0, correction=min(1, len(unit) - 1)).mean()

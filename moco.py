@@ -320,7 +320,7 @@ def train(args: Args) -> dict:
     if rank == 0:
         print(f"{args.arch}, {amp}, {world} x {device}, effective learning rate {peak_lr:g}, {total} steps")
 
-    with guarded(run, total) as signals:  # of one process; adds run.bar, run.save_at
+    with guarded(run, total) as signals:  # torchrun: none; adds run.bar, save_at
         for *crops, _ in loader:  # all epochs that are left
             lr = cosine_schedule(step, total, warmup, peak_lr)
             if args.schedule == "steps" and step >= warmup:
@@ -463,8 +463,8 @@ def read_image(file, shortest):
 
 
 def seeded(*integers):
-    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step), seed, number; no strings, whose hash
-    differs between processes. So workers, processes and a resume change nothing."""
+    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step, 4 layers), seed, number; no strings,
+    whose hash differs between processes. So workers, processes and a resume change nothing."""
     return torch.Generator().manual_seed(hash(integers) % 2**63)
 
 
@@ -620,7 +620,7 @@ def cosine_schedule(step, total, warmup, base, final=0.0):
 def collapse_metrics(features, center=False):
     """How much room the first 2,048 rows of features (B, D) take. feature_std: sqrt(D) x mean std of rows of
     length 1; 1 isotropic, 0 all alike. spread: 1 - |mean row|^2. effective_rank: RankMe (arXiv 2210.02885),
-    directions in use of min(rows, D); center departs, for h."""
+    directions in use of min(rows, D); center: of rows less their mean, as RankMe does not."""
     z = features[:2048].double()
     unit = F.normalize(z, dim=1)
     std = z.shape[1] ** 0.5 * unit.std(dim=0, correction=min(1, len(unit) - 1)).mean()

@@ -5,11 +5,12 @@
 r"""MoCo v3: train ViTs to find the other view of the same image among all images of the batch.
 
 Paper: Chen, Xie, He 2021, arXiv 2104.02057; the recipe is that of the official PyTorch code.
-The base encoder and a predictor make a query q of a view; the momentum encoder, its moving average, a key k
-of the other view; both of length 1. q_i has to find k_i among the keys of the batch (Algorithm 1):
-  ctr(q, k) = 2 tau * mean over i of  -log exp(q_i.k_i / tau) / sum_j exp(q_i.k_j / tau)
-  L = ctr(q, k') + ctr(q', k), where q', k' are those of the views exchanged
-The other keys keep h, the ViT's output, from collapsing. Its patch projection is not trained (Sec. 4).
+The base encoder and a predictor make queries q1, q2 of two views; the momentum encoder, its moving average,
+keys k1, k2; all scaled to length 1. A query has to find the key of the other view of its image among those of
+the batch (Algorithm 1):
+  ctr(q, k) = 2 tau * mean over images i of  -log( exp(q_i.k_i / tau) / sum over j of exp(q_i.k_j / tau) )
+  L = ctr(q1, k2) + ctr(q2, k1)
+The ViT's patch projection stays as drawn (Sec. 4): training it makes large batches unstable.
 
 Demo:   python moco_v3.py
 Photos: python moco_v3.py --data photos/ --image-size 96 --arch vit_tiny --epochs 200 --batch-size 512 \
@@ -20,7 +21,7 @@ Paper:  torchrun --nnodes 4 --nproc-per-node 8 moco_v3.py --data imagenet/ --ima
 
 Differs from the official code: no ResNets (the paper has them), no convolutional stems; smaller ViTs, too;
 bicubic, antialiased crops, flipped first; one order of colours a batch; blur cut at 5 pixels, reflected at
-borders; bfloat16. Processes give loss and gradient of one; BatchNorm is synchronised on GPUs only.
+borders; bfloat16. Processes give loss and gradient of one, but for BatchNorm, which only GPUs synchronise.
 """
 
 import contextlib
@@ -68,13 +69,13 @@ class Args:
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
     min_scale: float = 0.3  # smallest area of a crop as a share of the image (paper: 0.08)
     blurs: tuple[float, float] = (0.0, 0.0)  # probability of blur in the first, second view (paper: 1 0.1)
-    solarize: float = 0.2  # probability of solarization (paper: 0.2, of the second view)
+    solarize: float = 0.2  # probability of solarization (paper: 0.2, as here of the second view alone)
     workers: int = 2  # processes that read images, for each training process
-    arch: Literal["vit_nano", "vit_tiny", "vit_small", "vit_base"] = "vit_nano"  # encoder (paper: vit_base)
+    arch: Literal["vit_nano", "vit_tiny", "vit_small", "vit_base"] = "vit_nano"  # encoder (paper: last two)
     hidden_dim: int = 512  # hidden layer of projector and predictor (paper: 4096)
     momentum: float = 0.99  # of the moving average (paper: 0.99, rising to 1 as here)
     temperature: float = 0.2  # tau (paper: 0.2)
-    negatives: bool = True  # without, only attraction is left and z collapses to a few directions: watch it
+    negatives: bool = True  # without, only attraction is left, and z comes to few directions: watch it
     epochs: int = 10  # passes over the data (paper: 300)
     batch_size: int = 64  # images per step, of all processes together (paper: 4096)
     base_lr: float = 4e-3  # times batch / 256 is the learning rate (paper: 1.5e-4)
@@ -179,7 +180,7 @@ class Block(nn.Module):
 
 
 MOCO_VITS = {"vit_nano": (128, 6, 4), "vit_tiny": (192, 12, 3)}  # width, depth, heads
-MOCO_VITS |= {"vit_small": (384, 12, 12), "vit_base": (768, 12, 12)}  # 12 heads, others have 6
+MOCO_VITS |= {"vit_small": (384, 12, 12), "vit_base": (768, 12, 12)}  # timm's has 6 heads
 
 
 def sincos_positions(dim, side):
@@ -201,7 +202,7 @@ class MoCoViT(nn.Module):
         dim, depth, heads = MOCO_VITS[arch]
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
         self.cls_token = nn.Parameter(1e-6 * torch.randn(1, 1, dim))
-        positions = sincos_positions(dim, image_size // patch_size).roll(dim // 2, dims=2)  # rows first
+        positions = sincos_positions(dim, image_size // patch_size).roll(dim // 2, dims=2)  # row, column
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -228,7 +229,7 @@ def mlp_head(*widths):
 
 
 class MoCoV3(nn.Module):
-    """Images (B, 3, S, S) -> queries, or with `keys` keys, (B, dim) of any length, and h (B, D).
+    """Images (B, 3, S, S) -> queries, or with `keys` keys, (B, dim), not normalised, and h (B, D).
     Uses MOCO_VITS, MoCoViT, Block, Attention, sincos_positions, mlp_head."""
 
     def __init__(self, arch="vit_small", image_size=224, patch_size=16, hidden_dim=4096, dim=256):
@@ -243,15 +244,15 @@ class MoCoV3(nn.Module):
         h = encoder(images)
         z = encoder.head(h)
         z = z if keys else self.predictor(z)
-        return z.to(torch.promote_types(z.dtype, torch.float32)), h  # processes add up gradients of z
+        return z.to(torch.promote_types(z.dtype, torch.float32)), h  # gather sums its gradients
 
 
 # --- Loss ---------------------------------------------------------------------------------------------------
 def ctr(q, k, temperature, negatives=True):
-    """One direction of Algorithm 1, of queries q and their keys k (N, D) of the whole batch, rows of any
-    length, in float32 or better; its gradient goes into q alone. 2 tau keeps that alike for any tau."""
+    """One direction of Algorithm 1, of queries q and their keys k (N, D) of the whole batch, rows not
+    normalised, in float32 or better; gradient goes into q alone, by 2 tau of one size for any tau."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    q, k = (F.normalize(rows.to(dtype), dim=1, eps=1e-4) for rows in (q, k.detach()))  # black: q, k are 0
+    q, k = (F.normalize(rows.to(dtype), dim=1, eps=1e-4) for rows in (q, k.detach()))  # eps: black images
     logits = q @ k.T / temperature  # (N, N)
     positive = torch.arange(len(q), device=q.device)
     loss = F.cross_entropy(logits, positive) if negatives else -logits.diagonal().mean()
@@ -341,13 +342,13 @@ def train(args: Args) -> dict:
     workers = {"num_workers": args.workers, "worker_init_fn": ignore_signals}
     loader = DataLoader(data, batch_sampler=batches, pin_memory=device.type == "cuda", **workers)
     chances = torch.tensor([args.blurs, (0.0, args.solarize)], device=device)
-    blur, solarize = chances.repeat(1, local_batch).view(2, -1, 1, 1, 1)  # for each view of each image
+    blur, solarize = chances.repeat(1, local_batch).view(2, -1, 1, 1, 1)  # for each view, in turn
     blur_radius = min(5, args.image_size - 1) if any(args.blurs) else 0  # 2.5 sigma
     mean, std = (torch.tensor(numbers, device=device).view(3, 1, 1) for numbers in (MEAN, STD))
     if rank == 0:
         print(f"{args.arch}, {amp}, {world} x {device}, effective learning rate {peak_lr:g}, {total} steps")
 
-    with guarded(run, total) as signals:  # of one process; adds run.bar, run.save_at
+    with guarded(run, total) as signals:  # torchrun: none; adds run.bar, save_at
         for *crops, _ in loader:  # all epochs that are left
             lr = cosine_schedule(step, total, warmup, peak_lr)
             optimizer.param_groups[0]["lr"] = lr
@@ -372,7 +373,7 @@ def train(args: Args) -> dict:
             loss = sum(ctr(q, k, args.temperature, args.negatives) for q, k in ((q0, k1), (q1, k0)))
 
             optimizer.zero_grad()
-            scaler.scale(loss).backward()  # gather sums, DDP takes the mean
+            scaler.scale(loss).backward()  # gather sums over processes, DDP takes the mean
 
             step += 1
             run.bar.update()
@@ -482,8 +483,8 @@ def read_image(file, shortest):
 
 
 def seeded(*integers):
-    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step), seed, number; no strings, whose hash
-    differs between processes. So workers, processes and a resume change nothing."""
+    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step, 4 layers), seed, number; no strings,
+    whose hash differs between processes. So workers, processes and a resume change nothing."""
     return torch.Generator().manual_seed(hash(integers) % 2**63)
 
 
@@ -639,7 +640,7 @@ def cosine_schedule(step, total, warmup, base, final=0.0):
 def collapse_metrics(features, center=False):
     """How much room the first 2,048 rows of features (B, D) take. feature_std: sqrt(D) x mean std of rows of
     length 1; 1 isotropic, 0 all alike. spread: 1 - |mean row|^2. effective_rank: RankMe (arXiv 2210.02885),
-    directions in use of min(rows, D); center departs, for h."""
+    directions in use of min(rows, D); center: of rows less their mean, as RankMe does not."""
     z = features[:2048].double()
     unit = F.normalize(z, dim=1)
     std = z.shape[1] ** 0.5 * unit.std(dim=0, correction=min(1, len(unit) - 1)).mean()

@@ -769,7 +769,8 @@ def test_exported_backbone_is_the_target_encoder(folder, tmp_path):
     [
         ({"patch_size": 5}, "--image-size 32: give 4, 5, .. times --patch-size 5"),
         ({"patch_size": 16}, "--image-size 32: give 4, 5, .. times --patch-size 16"),
-        ({"target_scale": (0.2, 1.5)}, "--target-scale (0.2, 1.5): must be above 0 and at most 1"),
+        ({"target_scale": (0.2, 0.6)}, "--target-scale (0.2, 0.6): must be above 0 and at most 0.5"),
+        ({"targets": 17}, "--targets 17: must be above 0 and at most 16"),
         ({"targets": 0}, "--targets 0: must be above 0"),
         ({"momentum": 1.5}, "--momentum 1.5: must be at least 0 and at most 1"),
         ({"final_weight_decay": -0.1}, "--final-weight-decay -0.1: must be at least 0"),
