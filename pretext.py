@@ -6,47 +6,56 @@ r"""Pretext tasks: learn features from a question whose answer the image itself 
 rotation      which of the four turns is this?   Gidaris et al. 2018, arXiv 1803.07728
 jigsaw        how were the nine tiles shuffled?  Noroozi and Favaro 2016, arXiv 1603.09246
 colorization  what colour has each gray pixel?   Zhang et al. 2016, arXiv 1603.08511
-Each is a classification with cross-entropy: of 4 turns, of --permutations orders, of 313 colours.
-The labels are real, so nothing collapses; but each can be answered by a cue that is no understanding, and
-most lines of a task close such a shortcut. Nearly 100 % after an epoch means that one is open.
-Rotation fails where there is no natural up (from above, microscopes, textures, the digits 0, 1, 8). Jigsaw
-fails on textures, and where a thing fills one tile alone; what it learns depends on grid and permutations.
-Colorization fails where colour has no meaning (made things, stains), and on gray or infrared data.
+
+Each is one class: the model; make() asks, score() marks, picture() shows. The loop knows no task. A model
+gives each of K answers a probability p_k; over all questions of a batch the loss is
+  L = mean of  -w sum_k q_k log p_k
+with q one-hot and w = 1; in colorization (Eq. 2) q is spread over near colours, w is high for rare ones.
+Nothing can collapse, but a cue that is no understanding may give the answer: most lines of a task close such
+a shortcut; nearly 100 % after an epoch mean that one is open. Rotation fails without a natural up, jigsaw on
+textures, colorization where colour has no meaning.
 
 Demo:   python pretext.py
 Photos: python pretext.py --task rotation --data photos/ --image-size 128 --epochs 100 --workers 8
-Paper: torchrun --nproc-per-node 4 pretext.py --task rotation --data CIFAR10 --stem cifar --epochs 200 \
+Paper:  torchrun --nproc-per-node 4 pretext.py --task rotation --data CIFAR10 --stem cifar --epochs 200 \
             --batch-size 128 --base-lr 0.2 --weight-decay 5e-4 --warmup-epochs 0
 
-Differs from the papers: torchvision's ResNets for their NIN, AlexNet and VGG; one optimiser, SGD with a
-cosine, for steps (rotation, jigsaw) and Adam (colorization); ImageNet's mean and std; random resized crops of
-the central square, mirrored. Jigsaw: permutations by largest minimal distance, not mean; tiles of 3/4 of a
-cell at any size, colours shifted within their cell; one linear layer with BatchNorm and ReLU on each tile,
-then one on all. Colorization: a head on the maps of all four stages, for dilated layers; frequencies of
-colours from 2,048 images, not smoothed; the loss is the mean over the pixels of images with colour. Several
-processes give the loss and gradient of one, but for BatchNorm: each process's own.
+Differs from the papers: torchvision's ResNets; Nesterov SGD with a cosine and decay of every tensor, not in
+steps (jigsaw: no Nesterov, no decay of biases) or Adam (colorization); mirrored crops of the central square;
+ImageNet's mean, std. Jigsaw: permutations by largest minimal distance, not mean; tiles of 3/4 of a cell; a
+linear layer with BatchNorm on each, one on all. Colorization: lightness in three channels; a head on the maps
+of four stages; the prior of 2,048 images, smoothed by the soft targets alone; T .38 (code: .3837); a mean
+over coloured pixels, not an image's sum, to which 1e-3 of decay belongs. Processes give the loss and gradient
+of one, but for BatchNorm: each its own.
 """
 
 import contextlib
 import hashlib
+import io
 import itertools
 import json
+import logging
 import math
 import os
 import random
+import signal
+import sys
+import threading
 import time
-import warnings
+import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 import tyro
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
@@ -59,7 +68,7 @@ from tqdm import tqdm
 class Args:
     task: Literal["rotation", "jigsaw", "colorization"] = "rotation"  # what is asked of the encoder
     data: str = "demo"  # demo, a folder of images in any layout, or a torchvision data set such as CIFAR10
-    image_size: int = 32  # side of a view in pixels (paper: 224, jigsaw 225, colorization 176)
+    image_size: int = 32  # side of a view in pixels (paper: 224, colorization 176, jigsaw's code 255)
     min_scale: float = 0.6  # smallest area of a crop as a share of the image (paper: 0.08, rotation)
     permutations: int = 100  # jigsaw: answers to choose from (paper: 1000)
     gray: float = 0.3  # jigsaw: share of gray images, the others get their colours shifted (paper: 0.3)
@@ -70,20 +79,17 @@ class Args:
     stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3, stride 1, no max-pool; 10 x the work
     epochs: int = 10  # passes over the data (paper: 14 to 200)
     batch_size: int = 128  # images per step, of all processes together (paper: 40 to 256)
-    micro_batch_size: int = 0  # images per pass and process, 0: all; same gradient, BatchNorm apart
     base_lr: float = 0.03  # times batch / 256 is the learning rate (paper: rotation 0.2, jigsaw 0.01)
-    weight_decay: float = 5e-4  # strength of weight decay (paper: 5e-4, colorization 1e-3)
+    weight_decay: float = 5e-4  # strength of weight decay (paper: rotation and jigsaw 5e-4)
     warmup_epochs: float = 0.5  # linear from 0 (paper: none)
     init: str = ""  # backbone.pt that the encoder starts from, of convert.py or an earlier run
     seed: int = 0  # of all random numbers
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is one
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on cuda, off elsewhere
     compile: bool = False  # torch.compile the model
     run_dir: str = ""  # default: runs/METHOD, and a hash of the flags that differ from the defaults
-    restart: bool = False  # begin anew in a run folder that is in use
     log_every: int = 10  # steps
-    checkpoint_every: int = 100  # steps
-    picture_every: int = 500  # steps
+    save_minutes: float = 10.0  # between checkpoints, written at a log step, 0: at each; always at the end
 
 
 # --- Augmentation -------------------------------------------------------------------------------------------
@@ -99,6 +105,12 @@ def random_crop(size, min_scale, max_scale=1.0):
 def central_square(image):
     """Of an image (C, H, W). Large crops of a wide one are wide and get squeezed, which tells the turn."""
     return v2.functional.center_crop(image, [min(image.shape[1:])] * 2)
+
+
+def normalize(images):
+    """Images (B, 3, H, W) in [0, 1] -> by ImageNet's mean and deviation. Uses MEAN, STD."""
+    channels = zip(images.unbind(dim=1), MEAN, STD, strict=True)
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
 
 
 def rotate_batch(images):
@@ -124,13 +136,13 @@ def jigsaw_permutations(n, seed=0):
 def jigsaw_tiles(images, permutations, corners, tile):
     """Square images (B, 3, S, S) -> tiles (B, 9, 3, tile, tile): slot t shows cell permutations[:, t] (B, 9)
     of the 3 x 3, cut at corners (B, 9, 3, 2), row and column in that cell, for each slot and channel."""
-    cell = images.shape[2] // 3
-    images = images[:, :, : 3 * cell, : 3 * cell]
+    side = images.shape[2] // 3 * 3
+    images = images[:, :, :side, :side]
     cells = rearrange(images, "b c (r h) (s w) -> b (r s) c h w", r=3, s=3)
-    x = cells.gather(1, permutations[:, :, None, None, None].expand_as(cells))
+    x = cells.take_along_dim(permutations[:, :, None, None, None], dim=1)
     rows, columns = (corners[..., None] + torch.arange(tile, device=corners.device)).unbind(dim=3)
-    x = x.gather(3, rows[..., None].expand(-1, -1, -1, -1, cell))
-    return x.gather(4, columns[..., None, :].expand(-1, -1, -1, tile, -1))
+    x = x.take_along_dim(rows[..., None], dim=3)
+    return x.take_along_dim(columns[..., None, :], dim=4)
 
 
 RGB_TO_XYZ = (0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227)
@@ -140,10 +152,10 @@ WHITE = (0.95047, 1.0, 1.08883)  # D65, 2 degrees
 def rgb_to_lab(rgb):
     """sRGB (..., 3, H, W) in [0, 1] -> CIE Lab: L 0..100, a -86..98, b -108..94. Uses RGB_TO_XYZ, WHITE."""
     linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
-    matrix = rgb.new_tensor(RGB_TO_XYZ) / rgb.new_tensor(WHITE)[:, None]
-    xyz = torch.einsum("ij,...jhw->...ihw", matrix, linear)
-    f = torch.where(xyz > 0.008856, xyz.clamp(min=1e-9) ** (1 / 3), 7.787 * xyz + 16 / 116)
-    x, y, z = f.unbind(dim=-3)
+    red, green, blue = linear.unbind(dim=-3)
+    rows = zip(RGB_TO_XYZ, WHITE, strict=True)  # numbers: a tensor would wait for the device
+    xyz = torch.stack([(r * red + g * green + b * blue) / white for (r, g, b), white in rows])
+    x, y, z = torch.where(xyz > 0.008856, xyz.clamp(min=1e-9) ** (1 / 3), 7.787 * xyz + 16 / 116)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=-3)
 
 
@@ -159,30 +171,57 @@ def lab_to_rgb(lab):
     return torch.where(linear > 0.0031308, curved, 12.92 * linear).clamp(0, 1)
 
 
+LOWEST_B = (5, 2, 0, -2, -3, -4, -5, -5, -6, -7, -8, -8, -9, -10, -10, -11, -11, -11, -11, -9)
+HIGHEST_B = (9, 9, 9, 9, 10, 10, 10, 10, 10, 10, 9, 9, 9, 9, 8, 8, 8, 7, 7, 0)  # tens, for a = -90 to 100
+
+
 def ab_gamut():
-    """The paper's 313 colours (313, 2), a ascending, then b: the multiples of 10 inside the convex hull of
-    all sRGB colours, and their 8 neighbours. Uses rgb_to_lab, RGB_TO_XYZ, WHITE."""
-    levels = torch.arange(6, dtype=torch.float64) / 5
-    cube = torch.cartesian_prod(levels, levels, levels)
-    colours = rgb_to_lab(cube.T[:, :, None])[1:, :, 0].T
-    ticks = torch.arange(-120, 121, 10, dtype=torch.float64)
-    grid = torch.cartesian_prod(ticks, ticks)
-    angles = torch.atan2(*(colours - grid[:, None]).unbind(dim=2)).sort(dim=1).values
-    around = torch.cat([angles, angles[:, :1] + 2 * math.pi], dim=1)
-    inside = around.diff(dim=1).amax(dim=1) < math.pi  # of a point outside, all lie on one side
-    near = F.max_pool2d(inside.view(1, len(ticks), -1).float(), 3, stride=1, padding=1)
-    return grid[near.flatten() > 0].float()
+    """The paper's 313 colours (313, 2), a ascending, then b: the multiples of 10 in the convex hull of all
+    sRGB colours, and their 8 neighbours. Uses LOWEST_B, HIGHEST_B."""
+    rows = zip(range(-9, 11), LOWEST_B, HIGHEST_B, strict=True)
+    return 10.0 * torch.tensor([(a, b) for a, low, high in rows for b in range(low, high + 1)])
 
 
-def is_coloured(ab):
-    """Which images, by their a, b (B, 2, h, w), have a colour; a gray photo has no answer to learn."""
-    return ab.abs().amax(dim=(1, 2, 3)) > 5
+def soft_bins(ab, bins, neighbors):
+    """Colours (B, 2, h, w) -> their nearest bins (B, h, w, k), nearest first, with shares, sum 1; and
+    whether images (B, 1, 1) have a colour: a gray photo has no answer to learn."""
+    distance = torch.cdist(ab.movedim(1, -1), bins, compute_mode="donot_use_mm_for_euclid_dist")
+    distance, index = distance.topk(neighbors, largest=False)
+    share = torch.softmax(-distance.square() / (2 * 5**2), dim=-1)
+    return index, share, ab.abs().amax(dim=(1, 2, 3)).view(-1, 1, 1) > 5
+
+
+def colour_weights(data, bins, args):
+    """From up to 2,048 images: weights (K,) of the bins, on average 1 (Eq. 4); logits (K,) of the best answer
+    without a look. SystemExit if 90 % are gray. Uses rgb_to_lab, RGB_TO_XYZ, WHITE, soft_bins."""
+    keys = range(0, len(data.items), math.ceil(len(data.items) / 2048))
+    n, gray = len(bins), 0
+    pairs = torch.zeros(n * n, dtype=torch.float64)
+    try:
+        for images, _ in DataLoader(data, 64, sampler=keys, num_workers=args.workers):
+            ab = rgb_to_lab(images / 255)[:, 1:, ::4, ::4]
+            index, share, coloured = soft_bins(ab, bins, args.neighbors)
+            pair = index[..., :1] * n + index  # of the nearest bin and one with a share
+            share = (share * coloured[..., None]).double()
+            pairs += torch.bincount(pair.flatten(), share.flatten(), n * n)
+            gray += (~coloured).sum().item()
+    except OSError as error:  # no image can be read
+        sys.exit(str(error).splitlines()[-1])
+    if gray > 0.9 * len(keys):
+        sys.exit(f"--task colorization: {gray} of {len(keys)} images are gray; take rotation or jigsaw")
+
+    pairs = pairs.view(n, n) / pairs.sum()
+    prior = pairs.sum(dim=0)  # smooth, for the targets are soft
+    weights = 1 / ((1 - args.rebalance) * prior + args.rebalance / n)
+    weights /= (prior * weights).sum()
+    return weights.float(), (weights @ pairs).clamp(min=1e-6).log().float()
 
 
 def annealed_mean(logits, bins, temperature=0.38):
     """Logits (B, K, h, w) of bins (K, 2) -> colours (B, 2, h, w): their mean under softmax(logits / T),
     between the mode (T = 0) and the brown mean (T = 1)."""
-    return torch.einsum("bkhw,kc->bchw", torch.softmax(logits.float() / temperature, dim=1), bins)
+    share = torch.softmax(logits.to(bins.dtype) / temperature, dim=1)
+    return torch.einsum("bkhw,kc->bchw", share, bins)
 
 
 # --- Model --------------------------------------------------------------------------------------------------
@@ -197,192 +236,479 @@ def resnet(arch, stem):
     return net, width
 
 
-class Task(nn.Module):
-    """An encoder, a head and a question with K answers; R rows of logits. Uses resnet. Each task adds
-    batch(images, numbers): uint8 images (B, 3, H, W) -> inputs, targets (B, ...), the numbers of draw;
-    forward(inputs) -> logits (R, K, ...), h (R', D) of all that the encoder saw; columns(inputs, targets,
-    logits) -> {title: pictures}. constant: the logits of the best answer that does not look at the image."""
-
-    def __init__(self, args, constant):
-        super().__init__()
-        self.backbone, self.width = resnet(args.arch, args.stem)
-        self.register_buffer("constant", constant)
-
-    def loss(self, logits, targets):
-        """Cross-entropy (R, ...) of each answer, as trained, and without weights."""
-        loss = F.cross_entropy(logits.float(), targets.flatten(), reduction="none")
-        return loss, loss
-
-    def right(self, logits, targets):
-        """Which answers (R, ...) are right."""
-        return logits.argmax(dim=1) == targets.flatten()
-
-    def answers(self, targets):
-        """How many answers are asked for."""
-        return torch.full((), targets.numel(), device=targets.device)
-
-    def prepare(self, data, workers):
-        """What the task must know of the data set: nothing."""
-
-    def draw(self, n, generator):
-        """Random numbers (n, ...) for n images: none."""
-        return torch.zeros(n, 0)
-
-
-class Rotation(Task):
+class Rotation(nn.Module):
     """Which way is up? All four turns of an image, after its crop and flip: a flip after the turn would make
-    90 and 270 degrees one. Uses Task, rotate_batch, MEAN, STD."""
+    90 and 270 degrees one."""
 
-    def __init__(self, args):
-        super().__init__(args, torch.zeros(4))
+    def __init__(self, args, data):
+        super().__init__()
+        self.random_numbers = 0  # for each image
+        self.backbone, self.width = resnet(args.arch, args.stem)
         self.head = nn.Linear(self.width, 4)
+        self.register_buffer("constant", torch.zeros(4))  # logits of the best answer without a look
 
-    def batch(self, images, numbers):
-        turned, labels = rotate_batch(v2.functional.normalize(images / 255, MEAN, STD))
-        return turned.unflatten(0, (-1, 4)), labels.view(-1, 4)
+    def make(self, images, u):
+        """Images (B, 3, S, S) in [0, 1] -> inputs (4 B, 3, S, S), targets (4 B,)."""
+        return rotate_batch(images)
 
     def forward(self, inputs):
-        h = self.backbone(inputs.flatten(0, 1).contiguous(memory_format=torch.channels_last))
-        return self.head(h), h
+        h = self.backbone(normalize(inputs).contiguous(memory_format=torch.channels_last))
+        return self.head(h), h  # logits (4 B, 4)
 
-    def columns(self, inputs, targets, logits):
-        seen = inputs * inputs.new_tensor(STD).view(3, 1, 1) + inputs.new_tensor(MEAN).view(3, 1, 1)
-        answered = zip(seen.flatten(0, 1), logits.argmax(dim=1).tolist(), strict=True)
-        back = torch.stack([torch.rot90(x, -k, (1, 2)) for x, k in answered]).view_as(seen)
-        shown = {f"{90 * k}": seen[:, k] for k in range(4)}
-        return shown | {f"{90 * k}, turned\nback as answered": back[:, k] for k in range(4)}
+    def score(self, logits, targets):
+        """Of each answer: cross-entropy, its weight, whether it is right."""
+        errors = cross_entropy(logits, targets[:, None])
+        return errors, torch.ones_like(errors), logits.argmax(dim=1) == targets
+
+    def picture(self, inputs, targets, logits):
+        """Rows of pictures (2, n, 3, S, S): the turns of four images; each turned back as answered."""
+        inputs, turns = inputs[:16], logits[:16].argmax(dim=1).tolist()
+        back = [torch.rot90(x, -k, (1, 2)) for x, k in zip(inputs, turns, strict=True)]
+        return torch.stack([inputs, torch.stack(back)])
 
 
-class Jigsaw(Task):
+class Jigsaw(nn.Module):
     """In which of --permutations orders, the same in all runs, are the nine tiles? Gaps, gray images, shifted
-    colours and tiles of mean 0 and deviation 1 leave no edges, fringes and shades to go by. Uses Task,
-    jigsaw_tiles, jigsaw_permutations."""
+    colours and tiles of mean 0 and deviation 1 leave no edges, fringes and shades to go by."""
 
-    def __init__(self, args):
-        super().__init__(args, torch.zeros(args.permutations))
-        self.gray, self.cell = args.gray, args.image_size // 3
-        self.tile = round(0.75 * self.cell)
-        self.register_buffer("permutations", jigsaw_permutations(args.permutations))
+    def __init__(self, args, data):
+        super().__init__()
+        if args.image_size < 24:
+            sys.exit(f"--image-size {args.image_size}: jigsaw needs tiles of 6 pixels, so 24 or more")
+        self.random_numbers = 2 + 9 * 2 + 9 * 6
+        self.gray, cell = args.gray, args.image_size // 3
+        self.tile = round(0.75 * cell)
+        self.room = cell - self.tile  # for a tile's corner in its cell
+        self.backbone, self.width = resnet(args.arch, args.stem)
         self.tile_head = nn.Sequential(nn.Linear(self.width, 1000), nn.BatchNorm1d(1000), nn.ReLU())
-        self.head = nn.Linear(9000, args.permutations)
+        self.head = nn.Linear(9 * 1000, args.permutations)
+        self.register_buffer("permutations", jigsaw_permutations(args.permutations))
+        self.register_buffer("constant", torch.zeros(args.permutations))
 
-    def draw(self, n, generator):
-        """Which permutation, gray or not, then the corners (9, 3, 2) of jigsaw_tiles: (n, 56)."""
-        labels = torch.randint(len(self.permutations), (n, 1), generator=generator)
-        gray = torch.rand(n, 1, generator=generator) < self.gray
-        room = self.cell - self.tile
-        corners = torch.randint(room + 1, (n, 9, 1, 2), generator=generator)
-        most = 2 if room > 4 else 1
-        shifts = torch.randint(-most, most + 1, (n, 9, 3, 2), generator=generator)
-        corners = (corners + shifts * ~gray[:, :, None, None]).clamp(0, room)
-        return torch.cat([labels, gray, corners.flatten(1)], dim=1)
+    def make(self, images, u):
+        """Images (B, 3, S, S) in [0, 1] and u (B, 74), uniform, of permutation, gray, corners, shifts ->
+        inputs (B, 9, 3, t, t), targets (B,)."""
+        labels = (u[:, 0] * len(self.permutations)).long()
+        gray = (u[:, 1] < self.gray).view(-1, 1, 1, 1)
+        images = torch.where(gray, v2.functional.rgb_to_grayscale(images), images)
 
-    def batch(self, images, numbers):
-        labels, gray, corners = numbers[:, 0], numbers[:, 1], numbers[:, 2:].view(-1, 9, 3, 2)
-        x = images / 255
-        x = torch.where(gray.view(-1, 1, 1, 1) > 0, v2.functional.rgb_to_grayscale(x), x)
-        x = jigsaw_tiles(x, self.permutations[labels], corners, self.tile)
-        mean, std = x.mean(dim=(3, 4), keepdim=True), x.std(dim=(3, 4), keepdim=True)
-        return (x - mean) / torch.where(std > 1e-4, std, 1), labels
+        corners = (u[:, 2:20].view(-1, 9, 1, 2) * (self.room + 1)).long()
+        most = 2 if self.room > 4 else 1  # 2 as in the authors' code
+        shifts = (u[:, 20:].view(-1, 9, 3, 2) * (most + 1)).long()
+        corners = (corners + shifts * ~gray).clamp(max=self.room)
+        tiles = jigsaw_tiles(images, self.permutations[labels], corners, self.tile)
+
+        mean, std = tiles.mean(dim=(3, 4), keepdim=True), tiles.std(dim=(3, 4), keepdim=True)
+        return (tiles - mean) / torch.where(std > 1e-4, std, 1), labels
 
     def forward(self, inputs):
         h = self.backbone(inputs.flatten(0, 1).contiguous(memory_format=torch.channels_last))
-        return self.head(self.tile_head(h).view(len(inputs), -1)), h
+        return self.head(self.tile_head(h).view(len(inputs), -1)), h  # logits (B, permutations)
 
-    def columns(self, inputs, targets, logits):
-        tiles = F.pad(inputs / 5 + 0.5, (1, 1, 1, 1), value=1.0)
-        columns = {"shuffled": tiles}
-        for title, labels in (("as answered", logits.argmax(dim=1)), ("right", targets)):
+    def score(self, logits, targets):
+        errors = cross_entropy(logits, targets[:, None])
+        return errors, torch.ones_like(errors), logits.argmax(dim=1) == targets
+
+    def picture(self, inputs, targets, logits):
+        """Rows of pictures (3, n, 3, H, W): the tiles as shuffled, as answered, in the right order."""
+        rows = [F.pad(inputs[:8] / 5 + 0.5, (1, 1, 1, 1), value=1.0)]
+        for labels in (logits[:8].argmax(dim=1), targets[:8]):
             slots = self.permutations[labels].argsort(dim=1)[:, :, None, None, None]
-            columns[title] = tiles.gather(1, slots.expand_as(tiles))
-        return {title: rearrange(x, "b (r s) c h w -> b c (r h) (s w)", r=3) for title, x in columns.items()}
+            rows.append(rows[0].take_along_dim(slots, dim=1))
+        return rearrange(torch.stack(rows), "n b (r s) c h w -> n b c (r h) (s w)", r=3)
 
 
-class Colorization(Task):
-    """Which of 313 colours has each fourth pixel of each fourth row, given lightness alone? Its colour is
-    shared by the nearest bins, rare colours count more, else all would be brown; images without colour do not
-    count. Lightness enters as three equal channels, so the encoder takes RGB as well. Uses Task, ab_gamut,
-    rgb_to_lab, lab_to_rgb, is_coloured, annealed_mean, colorization_loss, MEAN, STD."""
+class Colorization(nn.Module):
+    """Which of 313 colours has each fourth pixel of each fourth row, given lightness alone, as three equal
+    channels? The nearest colours share the answer; rare ones count more, else all would be brown."""
 
-    def __init__(self, args):
-        bins = ab_gamut()
-        super().__init__(args, torch.zeros(len(bins), 1, 1))
-        self.neighbors, self.rebalance = args.neighbors, args.rebalance
-        self.register_buffer("bins", bins)
-        self.register_buffer("weights", torch.ones(len(bins)))
+    def __init__(self, args, data):
+        super().__init__()
+        self.random_numbers = 0
+        self.backbone, self.width = resnet(args.arch, args.stem)
         hidden = nn.Conv2d(self.width * 15 // 8, 256, 1), nn.BatchNorm2d(256), nn.ReLU()
-        self.head = nn.Sequential(*hidden, nn.Conv2d(256, len(bins), 1))
+        self.head = nn.Sequential(*hidden, nn.Conv2d(256, 313, 1))
+        self.register_buffer("bins", ab_gamut())
+        self.neighbors = args.neighbors
+        weights, constant = colour_weights(data, self.bins, args)
+        self.register_buffer("weights", weights)
+        self.register_buffer("constant", constant.view(-1, 1, 1))
 
-    def prepare(self, data, workers):
-        """Weights and the constant answer, from up to 2,048 images; SystemExit if 90 % of them are gray."""
-        n, some = len(self.bins), range(0, len(data.items), math.ceil(len(data.items) / 2048))
-        pairs, gray = torch.zeros(n * n, dtype=torch.float64), 0
-        for (images,) in DataLoader(data, 64, sampler=some, num_workers=workers):
-            ab = self.batch(images, None)[1]
-            ab = ab[is_coloured(ab)]
-            index, share = self.encode(ab)
-            pairs += torch.bincount((index[..., :1] * n + index).flatten(), share.flatten().double(), n * n)
-            gray += len(images) - len(ab)
-        if gray > 0.9 * len(some):
-            words = f"{gray} of {len(some)} images are gray: nothing to colour; take rotation or jigsaw"
-            raise SystemExit(f"--task colorization: {words}")
-        pairs = pairs.view(n, n) / pairs.sum()  # share of nearest bin x bin
-        p = pairs.sum(dim=0)
-        weights = 1 / ((1 - self.rebalance) * p + self.rebalance / n)
-        weights /= (p * weights).sum()
-        self.weights.copy_(weights)
-        self.constant.copy_((weights @ pairs).clamp(min=1e-6).log().view(-1, 1, 1))
-
-    def encode(self, ab):
-        """Colours (B, 2, h, w) -> their nearest bins (B, h, w, k), nearest first, and shares, sum 1."""
-        distance = torch.cdist(ab.movedim(1, -1), self.bins, compute_mode="donot_use_mm_for_euclid_dist")
-        distance, index = distance.topk(self.neighbors, largest=False)
-        return index, torch.softmax(-distance.square() / (2 * 5**2), dim=-1)
-
-    def batch(self, images, numbers):
-        lab = rgb_to_lab(images / 255)
-        return lab, lab[:, 1:, ::4, ::4]
+    def make(self, images, u):
+        """Images (B, 3, S, S) in [0, 1] -> inputs L (B, 1, S, S), targets a, b (B, 2, S / 4, S / 4)."""
+        lab = rgb_to_lab(images)
+        return lab[:, :1], lab[:, 1:, ::4, ::4]
 
     def forward(self, inputs):
-        gray = v2.functional.normalize((inputs[:, :1] / 100).expand(-1, 3, -1, -1), MEAN, STD)
+        x = normalize((inputs / 100).expand(-1, 3, -1, -1))
+        x = x.contiguous(memory_format=torch.channels_last)
         net, maps = self.backbone, []
-        x = net.maxpool(net.relu(net.bn1(net.conv1(gray.contiguous(memory_format=torch.channels_last)))))
-        for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
-            maps.append(x := layer(x))
+        x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
         size = [math.ceil(side / 4) for side in inputs.shape[2:]]
-        maps = [F.interpolate(m, size, mode="bilinear") for m in maps]
-        return self.head(torch.cat(maps, dim=1)), x.mean(dim=(2, 3))
+        for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
+            x = layer(x)
+            maps.append(F.interpolate(x, size, mode="bilinear"))
+        return self.head(torch.cat(maps, dim=1)), x.mean(dim=(2, 3))  # logits (B, 313, S / 4, S / 4)
 
-    def loss(self, logits, targets):
-        return colorization_loss(logits, *self.encode(targets), self.weights, is_coloured(targets))
+    def score(self, logits, targets):
+        index, share, coloured = soft_bins(targets, self.bins, self.neighbors)
+        nearest = index[..., 0]
+        errors = cross_entropy(logits, index, share)
+        return errors, self.weights[nearest] * coloured, logits.argmax(dim=1) == nearest
 
-    def right(self, logits, targets):
-        nearest = self.encode(targets)[0][..., 0]
-        return (logits.argmax(dim=1) == nearest) & is_coloured(targets)[:, None, None]
-
-    def answers(self, targets):
-        return is_coloured(targets).sum() * targets[0, 0].numel()
-
-    def columns(self, inputs, targets, logits):
-        gray = inputs * inputs.new_tensor([1, 0, 0]).view(3, 1, 1)
-        ab = F.interpolate(annealed_mean(logits, self.bins), inputs.shape[2:], mode="bilinear")
-        columns = {"lightness": gray, "predicted": torch.cat([inputs[:, :1], ab], dim=1), "original": inputs}
-        return {title: lab_to_rgb(lab) for title, lab in columns.items()}
+    def picture(self, inputs, targets, logits):
+        """Rows of pictures (3, n, 3, S, S): lightness; with the colours as answered; as they are."""
+        ab = targets[:8]
+        rows = torch.cat([torch.zeros_like(ab), annealed_mean(logits[:8], self.bins), ab])
+        rows = F.interpolate(rows, inputs.shape[2:], mode="bilinear")
+        lab = torch.cat([inputs[:8].repeat(3, 1, 1, 1), rows], dim=1)
+        return lab_to_rgb(lab).unflatten(0, (3, -1))
 
 
 TASKS = {"rotation": Rotation, "jigsaw": Jigsaw, "colorization": Colorization}
 
 
 # --- Loss ---------------------------------------------------------------------------------------------------
-def colorization_loss(logits, index, share, weights, coloured):
-    """Cross-entropy (B, h, w) of logits (B, K, h, w) with soft targets, shares of bins `index` (B, h, w, k):
-    times the weight (K,) of the nearest, the first, and without; 0 in images that are not coloured (B,)."""
-    log_p = F.log_softmax(logits.float(), dim=1).movedim(1, -1)
-    loss = -(log_p.gather(-1, index) * share).sum(dim=-1) * coloured[:, None, None]
-    return loss * weights[index[..., 0]], loss
+def cross_entropy(logits, index, share=1.0):
+    """Of logits (R, K, ...) -> (R, ...), where the answers `index` (R, ..., k) should have these shares."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # float64 stays
+    log_p = F.log_softmax(logits, dim=1).movedim(1, -1)
+    return -(log_p.gather(-1, index) * share).sum(dim=-1)
 
 
 # --- Monitor ------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def monitor(answers, features):
+    """Metrics of answers (R, 4): cross-entropy, that of a constant answer, weight, right or not; and of
+    features (N, D). And what is wrong, {words: the metric that shows it}. Uses collapse_metrics."""
+    error, constant, weight, right = answers[answers[:, 2] > 0].T  # weight 0: not asked
+    accuracy = right.mean().item()
+    gain = 1 - ((weight * error).mean() / (weight * constant).mean()).item()  # 1: all right, and sure
+    metrics = {"pretext/accuracy": accuracy, "pretext/gain": gain}
+    metrics["pretext/plain_loss"] = error.mean().item()
+    for name, value in collapse_metrics(features, center=True).items():
+        metrics[f"monitor/{name}"] = value
+
+    problems = {}
+    if gain < 0.01:
+        words = f"no better than one answer to all, accuracy {accuracy:.3f}"
+        problems[f"{words}; raise or lower --base-lr"] = "pretext/accuracy"
+    return metrics, problems
+
+
+# --- Training -----------------------------------------------------------------------------------------------
+def train(args: Args) -> dict:
+    """Pretrain in the run folder, from its checkpoint if it has one; returns the last metrics."""
+    at_most = {"min_scale": 1, "gray": 1, "rebalance": 1, "permutations": 5000, "neighbors": 313}
+    check_flags(args, may_be_zero="gray", at_most=at_most)
+    rank, world, device, amp = start_processes(args.device, args.amp)
+    crop = v2.Compose([central_square, random_crop(args.image_size, args.min_scale)])
+    shortest = args.image_size / (0.75 * args.min_scale) ** 0.5  # even a crop of 3 : 4 is not enlarged
+    data = Images(args, (crop,), shortest)
+    images_per_pass(args, len(data.items), world)  # SystemExit unless processes share evenly
+    per_epoch = len(data.items) // args.batch_size
+    total = args.epochs * per_epoch
+    warmup = min(total, round(args.warmup_epochs * per_epoch))
+    peak_lr = args.base_lr * args.batch_size / 256
+
+    torch.manual_seed(args.seed)
+    model = TASKS[args.task](args, data)
+    facts = {"builder": "torchvision.resnet", "arch_args": {"arch": args.arch, "stem": args.stem}}
+    facts["feature_dim"] = model.width
+    if args.init:
+        load_encoder(model.backbone.state_dict(), args.init, facts["arch_args"])
+    model = model.to(device, memory_format=torch.channels_last)  # twice as fast on CPUs
+
+    sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": args.weight_decay}
+    # in float16 not fused: that cannot skip its first step, before it has any momentum
+    optimizer = torch.optim.SGD(model.parameters(), peak_lr, **sgd, fused=amp != torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    run = open_run(args, "pretext", parts, len(data.items), amp)  # loads its checkpoint into the parts
+    step = run.step
+    alarm_from = max(warmup, min(500, total // 5))
+    if args.compile:
+        model.compile()
+    net = model
+    if world > 1:
+        net = nn.parallel.DistributedDataParallel(model)
+        net.broadcast_buffers = False  # BatchNorm's; given as an argument, torch 2.14 warns of it
+
+    keys = data.batches(args.batch_size, step, args.epochs, rank, world)
+    workers = {"num_workers": args.workers, "worker_init_fn": ignore_signals}
+    loader = DataLoader(data, batch_sampler=keys, pin_memory=device.type == "cuda", **workers)
+    if rank == 0:
+        print(f"{args.arch}, {amp}, {world} x {device}, effective learning rate {peak_lr:g}, {total} steps")
+
+    with guarded(run, total) as signals:  # torchrun: none; adds run.bar, save_at
+        for crops, _ in loader:  # all epochs that are left
+            lr = cosine_schedule(step, total, warmup, peak_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            u = torch.rand(args.batch_size, model.random_numbers, generator=seeded(3, args.seed, step))
+            u = u.chunk(world)[rank].to(device, non_blocking=True)
+            inputs, targets = model.make(crops.to(device, non_blocking=True) / 255, u)
+
+            with torch.autocast(device.type, amp, enabled=amp is not None):
+                logits, h = net(inputs)
+            errors, weights, right = model.score(logits, targets)
+            sums = torch.stack([(weights * errors).sum(), (weights > 0).sum()])
+            error, answers = gather(sums[None]).sum(dim=0)  # of all processes; DDP takes the mean
+            loss = error / answers.clamp(min=1)  # gray images have no answers
+
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+
+            step += 1
+            run.bar.update()
+            at_log = step == 1 or step % args.log_every == 0 or step == total
+            scaler.unscale_(optimizer)
+            if at_log or signals:  # only here does a step wait for the device, float16's scaler apart
+                grad_norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+                check_finite(step, loss, grad_norm, scaler)
+            scaler.step(optimizer)
+            scaler.update()
+
+            saves = at_log and time.monotonic() >= run.save_at
+            if at_log:
+                metrics = {"train/loss": loss.item(), "train/lr": lr, "train/grad_norm": grad_norm.item()}
+                constant, _, _ = model.score(model.constant.expand_as(logits), targets)
+                answers = torch.stack([errors.detach(), constant, weights, right], dim=-1).flatten(0, -2)
+                found, problems = monitor(gather(answers), gather(h.detach()))
+                log_metrics(run, step, metrics | found, problems, alarm_from)
+
+            if rank == 0 and (saves or step in (1, total)):
+                panels = model.picture(inputs, targets, logits.detach())
+                path = run.folder / "answers.png"
+                torchvision.utils.save_image(panels.flatten(0, 1), path, nrow=panels.shape[1])
+            if saves:
+                save_run(run, step, model.backbone.state_dict(), **facts)
+            if signals:
+                break
+
+        save_run(run, step, model.backbone.state_dict(), **facts)
+    return run.recent[-1] if run.recent else {}
+
+
+# --- Plumbing -----------------------------------------------------------------------------------------------
+THINGS = (0x183C7EFFFF7E6666, 0x183C7E3C7EFF1818, 0x3C2CFFFFFF6600, 0x101814161EFF7E3C, 0x81C3FF99FF7E3C18)
+THINGS += (0x3C7EFFFF18181C3C, 0xFCFEFEFCFC7800, 0x1C22221C08180C08, 0x60FC67EFE7C1018, 0x185A3C185ADB7E18)
+IMAGE_ENDINGS = (b".jpg", b".jpeg", b".png", b".bmp", b".webp", b".tif", b".tiff")
+TESTS = ("val", "valid", "validation", "test", "testing")
+NOT_TRAINING = ("workers", "device", "compile", "run_dir", "log_every", "save_minutes")
+
+
+def demo_image(index):
+    """Photo `index` of a small world, 48 x 48, and its class: one of ten THINGS, from a house to a flower."""
+    rng = random.Random(index)
+    label, scale, light = rng.randrange(10), rng.uniform(0.35, 0.9), rng.uniform(0.35, 1.0)
+    thing = Image.frombytes("1", (8, 8), THINGS[label].to_bytes(8, "big")).convert("L")
+    thing = thing.resize((round(48 * scale),) * 2, Image.BICUBIC)
+    thing = thing.rotate(rng.uniform(-25, 25), Image.BICUBIC, expand=True)
+    corner = tuple(rng.randint(*sorted((0, 48 - side))) for side in thing.size)
+    image = Image.new("RGB", (48, 48), (180, 205, 235))
+    image.paste(((140, 70, 50), (50, 105, 60), (95, 75, 150))[label % 3], corner, thing)
+    image = Image.blend(Image.new("RGB", (48, 48)), image, light)
+    noise = Image.frombytes("L", (48, 48), rng.randbytes(48 * 48)).convert("RGB")
+    return Image.blend(image, noise, 0.25), label
+
+
+def image_paths(folder):
+    """Paths of the images below a folder, sorted: an array of bytes, which workers share, with room for any
+    name. Hidden (.thumbnails, ._IMG.jpg, @eaDir) is no photo; links are followed where nothing else leads."""
+    files, entered, waiting, hidden = [], set(), [os.fsencode(folder)], (b".", b"@", b"__MACOSX")
+    while waiting:  # first without links
+        for at, folders, names in os.walk(waiting.pop(0)):
+            if os.path.realpath(at) in entered:
+                folders.clear()
+                continue
+            entered.add(os.path.realpath(at))
+            folders[:] = sorted(name for name in folders if not name.startswith(hidden))
+            waiting += [link for name in folders if os.path.islink(link := os.path.join(at, name))]
+            files += [os.path.join(at, name) for name in names if not name.startswith(hidden)]
+
+    images = [file for file in files if file.lower().endswith(IMAGE_ENDINGS)]
+    if not images:
+        found = b" ".join(sorted({os.path.splitext(file)[1] for file in files})).decode(errors="replace")
+        readable = b" ".join(IMAGE_ENDINGS).decode()
+        words = "no images found" if os.path.isdir(folder) else "there is no such folder"
+        sys.exit(f"--data {folder}: {words}; reads {readable}, found {found or 'nothing'}")
+    return np.array(sorted(images))
+
+
+def stretched(image):
+    """A picture of one deep band -> 8 bits: what is finite and not nodata, from its .1 to 99.9 percentile."""
+    values = np.asarray(image, dtype=np.float64)
+    nodata = float(getattr(image, "tag_v2", {}).get(42113, -9999))  # GDAL's tag, and the custom
+    valid = np.isfinite(values) & ~np.isclose(values, nodata, rtol=1e-6, atol=0)
+    low, high = np.percentile(values[valid], (0.1, 99.9)) if valid.any() else (0, 0)
+    if low == high and valid.any():
+        low, high = values[valid].min(), values[valid].max()
+    if low == high:
+        return Image.new("L", image.size, 128)
+    values = np.where(valid, values, low).clip(low, high)
+    return Image.fromarray(np.uint8((values - low) / (high - low) * 255 + 0.5))
+
+
+def read_image(file, shortest):
+    """Any photo, a path or an open file, as upright 8-bit RGB, on white where it is transparent. A large JPEG
+    is decoded smaller, no side below `shortest` pixels. Uses stretched."""
+    if not hasattr(file, "read"):
+        with open(file, "rb") as opened:  # by its path a raw TIFF would be mapped, and turned wrongly
+            return read_image(opened, shortest)
+    Image.MAX_IMAGE_PIXELS = None  # phones make 200 megapixels
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # of a broken file we say more
+    image = Image.open(file)
+    if image.width * image.height > 2**28:
+        raise ValueError(f"claims to have {image.width} x {image.height} pixels")
+    image.draft(None, (math.ceil(shortest),) * 2)
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+
+    if image.mode[0] in "IF":
+        image = stretched(image)
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def seeded(*integers):
+    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step, 4 layers), seed, number; no strings,
+    whose hash differs between processes. So workers, processes and a resume change nothing."""
+    return torch.Generator().manual_seed(hash(integers) % 2**63)
+
+
+def ignore_signals(worker):
+    """In a worker: the training process gets them too, and ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def open_data(data):
+    """What --data names, to be indexed: pairs (image, label), rows of Arrow {"image": ...}, or paths."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if data == "demo":
+        return [demo_image(index) for index in range(4096)]
+    if os.path.isdir(data) and {"dataset_info.json", "dataset_dict.json"} & {*os.listdir(data)}:
+        try:
+            import datasets  # Hugging Face's; its files are mapped, workers copy nothing
+
+            rows = datasets.load_from_disk(data)
+            rows = rows["train"] if isinstance(rows, dict) else rows
+            return rows.select_columns("image").cast_column("image", datasets.Image(decode=False))
+        except Exception as error:
+            sys.exit(f"--data {data}: needs `pip install datasets`, a column image, a split train ({error})")
+
+    if os.path.isdir(data):
+        paths, names = image_paths(data), os.listdir(data)
+        has_train = {"train", "training"} & {name.lower() for name in names}
+        for name in [name for name in names if has_train and name.lower() in TESTS]:
+            is_test = np.char.startswith(paths, os.fsencode(os.path.join(data, name, "")))
+            paths = paths[~is_test]
+            if rank == 0:
+                print(f"{is_test.sum()} images in {os.path.join(data, name)} are left out")
+        return paths
+
+    if rank > 0:
+        dist.barrier()  # process 0 downloads, then the others read
+    try:
+        pairs = getattr(torchvision.datasets, data)("data", download=True)
+    except Exception as error:
+        words = f"no such folder, no download by torchvision ({' '.join(str(error).split())})"
+        sys.exit(f"--data {data}: {words}; give a folder, or demo")
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
+    return pairs
+
+
+class Images(Dataset):
+    """Images of --data; item epoch x n + index is (*views, index), random by that key alone: what functions
+    `views` make of a uint8 image (3, H, W), read with at least `shortest` pixels a side."""
+
+    def __init__(self, args, views, shortest):
+        self.args, self.views, self.shortest = args, views, shortest
+        self.items, self.broken = open_data(args.data), set()
+
+    def __getitem__(self, key):
+        for number in range(key, key + 100):
+            index = number % len(self.items)
+            name = f"{self.args.data}[{index}]"
+            try:
+                item = self.items[index]
+                if isinstance(item, bytes):
+                    name = item.decode(errors="backslashreplace")
+                    image = read_image(item, self.shortest)
+                elif isinstance(item, dict):
+                    image = read_image(io.BytesIO(item["image"]["bytes"]), self.shortest)
+                else:
+                    image = item[0].convert("RGB")
+                torch.default_generator.manual_seed(seeded(1, self.args.seed, key).initial_seed())
+                pixels = v2.functional.pil_to_tensor(image)  # resizes 3 x as fast as PIL, alike to 2 of 255
+                return *(view(pixels) for view in self.views), index
+            except Exception as error:  # whatever a decoder raises
+                if index not in self.broken:
+                    words = str(error).partition(" <")[0]  # without the name of Pillow's object
+                    tqdm.write(f"{name} cannot be read, the next takes its place: {words}", sys.stderr)
+                self.broken.add(index)
+        raise OSError(f"--data: 100 files in a row cannot be read, the last is {name}")
+
+    def batches(self, batch_size, step, epochs, rank, world):
+        """Keys of this process's slice of each global batch from `step` on; an epoch drops its rest."""
+        n, per_epoch = len(self.items), len(self.items) // batch_size
+        for epoch in range(step // per_epoch, epochs):
+            keys = epoch * n + torch.randperm(n, generator=seeded(2, self.args.seed, epoch))
+            for batch in keys.split(batch_size)[step % per_epoch : per_epoch]:
+                yield batch.chunk(world)[rank].tolist()
+            step = 0
+
+
+def check_flags(args, may_be_zero, at_most):
+    """SystemExit unless all numbers are above 0, or 0 if named in may_be_zero, and at most at_most[name]."""
+    may_be_zero += " epochs micro_batch_size weight_decay warmup_epochs workers seed save_minutes"
+    for name, value in asdict(args).items():
+        for number in value if isinstance(value, tuple) else [value]:
+            least, most = 0 if name in may_be_zero.split() else 1e-12, at_most.get(name, 2**63 - 1)
+            if type(number) in (int, float) and not least <= number <= most:
+                allowed = f"{'above' if least else 'at least'} 0 and at most {most}"
+                sys.exit(f"--{name.replace('_', '-')} {value}: must be {allowed}")
+
+
+def images_per_pass(args, images, world):
+    """By --micro-batch-size; SystemExit unless processes share the batch, and passes a process's, evenly."""
+    if not 2 * world <= args.batch_size <= images or args.batch_size % world:
+        allowed = f"give a multiple of {world}, from {2 * world} to {images}, the images in {args.data}"
+        sys.exit(f"--batch-size {args.batch_size}: {allowed}")
+    share = args.batch_size // world
+    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    micro = getattr(args, "micro_batch_size", 0) or share
+    if micro not in sizes:
+        sys.exit(f"--micro-batch-size {micro}: give what divides the {share} of a process: {sizes}")
+    return micro
+
+
+def start_processes(device, amp):
+    """From torchrun's environment: rank, number of processes, device, autocast type (None: float32)."""
+    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if world > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        sys.exit(f"WORLD_SIZE is {world}, without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: use torchrun")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            sys.exit(f"--device cuda: no GPU for process {local} of this machine; use --device cpu")
+        torch.cuda.set_device(local)
+    if world > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+
+    if amp == "auto" and device == "cuda":
+        amp = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+    return rank, max(world, 1), torch.device(device, local if device == "cuda" else 0), dtype
+
+
 def gather(rows):
     """Rows (B, ...) of this process -> of all, by rank; with gradient, the sum of what all processes send."""
     if not dist.is_initialized():
@@ -396,18 +722,23 @@ def gather(rows):
     return gathered
 
 
+def cosine_schedule(step, total, warmup, base, final=0.0):
+    """From 0 in a straight line to base at step `warmup`, then in half a cosine to final at step `total`."""
+    if step < warmup:
+        return base * step / warmup
+    return final + (base - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+
 @torch.no_grad()
 def collapse_metrics(features, center=False):
-    """How much room features (B, D) take, of all processes together (all must call it). Uses gather.
-    feature_std: sqrt(D) x mean std of rows of length 1; 1 isotropic, 0 all alike. spread: 1 - |mean row|^2.
-    effective_rank: RankMe (arXiv 2210.02885), directions in use of min(rows, D); center departs, for h."""
-    z = gather(features.detach().float())
-    z = (z.cpu() if z.is_mps else z).double()
+    """How much room the first 2,048 rows of features (B, D) take. feature_std: sqrt(D) x mean std of rows of
+    length 1; 1 isotropic, 0 all alike. spread: 1 - |mean row|^2. effective_rank: RankMe (arXiv 2210.02885),
+    directions in use of min(rows, D); center: of rows less their mean, as RankMe does not."""
+    z = features[:2048].double()
     unit = F.normalize(z, dim=1)
-    std, spread = (
-        z.shape[1] ** 0.5 * unit.std(dim=0, correction=min(1, len(unit) - 1)).mean(),
-        1 - unit.mean(dim=0).square().sum(),
-    )
+    std = z.shape[1] ** 0.5 * unit.std(dim=0, correction=min(1, len(unit) - 1)).mean()
+    spread = 1 - unit.mean(dim=0).square().sum()
+
     centered = z - z.mean(dim=0) if center else z
     rank = torch.ones(())  # of nearly constant rows, whose rounding noise would have a high one
     if centered.norm() > 1e-3 * z.norm():
@@ -418,406 +749,170 @@ def collapse_metrics(features, center=False):
     return {"feature_std": std.item(), "spread": spread.item(), "effective_rank": rank.item()}
 
 
-def page(columns):
-    """{title: pictures (n, 3, H, W)} -> uint8 page (3, H, W) of up to 8 rows, a title above each column."""
-    columns = {title: x.float().cpu()[:8].clamp(0, 1) for title, x in columns.items()}
-    pixels = torch.stack([*columns.values()], dim=1).flatten(0, 1)
-    pixels = F.interpolate(pixels, scale_factor=math.ceil(96 / pixels.shape[3]))  # room for the words
-    grid = torchvision.utils.make_grid(pixels, nrow=len(columns), padding=4, pad_value=1)
-    image = ImageOps.expand(v2.functional.to_pil_image(grid), (0, 30, 0, 0), "white")
-    for i, title in enumerate(columns):
-        ImageDraw.Draw(image).text((4 + i * (pixels.shape[3] + 4), 0), title, fill="black")
-    return v2.functional.pil_to_tensor(image)
+def open_run(args, method, parts, images, amp):
+    """The run: its folder and what a checkpoint there holds, which goes into the parts, too. SystemExit if it
+    is a run of other flags, another number of images or autocast type."""
+    flags = asdict(args) | {"data": os.path.normpath(args.data)}  # photos/ is photos
+    flags = {name: value for name, value in flags.items() if name not in NOT_TRAINING}
+    changed = {name: value for name, value in flags.items() if value != getattr(type(args), name)}
+    mark = "-" + hashlib.sha1(json.dumps(changed).encode()).hexdigest()[:8] if changed else ""
+    folder = Path(args.run_dir or f"runs/{method}{mark}")
+    record = json.loads(json.dumps({"method": method} | flags | {"images": images, "autocast": str(amp)}))
+    anew = f"to begin anew delete {folder}, or give another --run-dir"
+    state = {"step": 0, "logged": 0, "recent": [], "first": {}, "streak": 0, "alarm": 0.0, "words": ""}
+    try:
+        held = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else record
+        differ = [name for name in record if held.get(name) != record[name]]
+        if differ:
+            words = ", ".join(f"{name} {held.get(name)}, not {record[name]}" for name in differ)
+            hint = f" and --init {folder}/backbone.pt" * ({*differ} <= {"epochs", "images"})
+            sys.exit(f"{folder} holds a run with {words}: {anew}{hint}")
+        if (folder / "checkpoint.pt").exists():
+            saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            state = {name: saved[name] for name in state}
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+
+        run = SimpleNamespace(folder=folder, args=args, method=method, parts=parts, kept=[*state], **state)
+        run.rank = dist.get_rank() if dist.is_initialized() else 0
+        run.per_epoch = images // args.batch_size
+        if run.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "args.json").exists():
+                temporary = folder / f"args.json.{os.getpid()}.tmp"  # others may read it now
+                temporary.write_text(json.dumps(record | {"torch": torch.__version__}, indent=1))
+                os.replace(temporary, folder / "args.json")
+            with open(folder / "metrics.jsonl", "a") as log:
+                log.truncate(min(log.tell(), run.logged))  # what came after the checkpoint is done again
+            print(f"{images} images in {args.data}. Run folder {folder}, step {run.step}")
+        return run
+    except Exception as error:  # of the disk, or of a damaged file
+        words = " ".join(str(error).split())[:150]
+        sys.exit(f"{folder}: args.json or checkpoint.pt is damaged, or the disk is full: {words}: {anew}")
 
 
-def collapse_alarm(state, step, armed_after, problems):
-    """1.0 from the third log point in a row with a problem, {words: holds}, printed once, to the third
-    without; counts after step armed_after. state: {} at first, kept in the checkpoint."""
-    if step > armed_after:
-        last = state["last"] = [*state.get("last", ()), any(problems.values())][-3:]
-        if last == [True] * 3 and not state.get("rings"):
-            tqdm.write(f"COLLAPSE at step {step}: " + " | ".join(w for w in problems if problems[w]))
-        state["rings"] = last == [True] * 3 or (state.get("rings", False) and last != [False] * 3)
-    return float(state.get("rings", False))
+def load_encoder(encoder, path, arch_args):
+    """Start the encoder {name: tensor} from a backbone.pt (--init); all of it has to fit."""
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+        weights, heads = held["state_dict"], arch_args.get("num_heads")  # which no shape shows
+        alike = {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in encoder.items()}
+        if not alike or held.get("arch_args", {}).get("num_heads", heads) != heads:
+            raise ValueError("its weights are not those of this encoder")
+    except Exception as error:  # no such file, no backbone.pt
+        sys.exit(f"--init {path}: {' '.join(str(error).split())[:200]}; convert.py makes a backbone.pt")
+    for name, tensor in encoder.items():
+        tensor.copy_(weights[name])
 
 
-# --- Plumbing -----------------------------------------------------------------------------------------------
-WORLD = dict(house=0x183C7EFFFF7E6666, tree=0x183C7E3C7EFF1818, car=0x3C2CFFFFFF6600, boat=0x101814161EFF7E3C)
-WORLD |= dict(cat=0x81C3FF99FF7E3C18, mushroom=0x3C7EFFFF18181C3C, cup=0x00FCFEFEFCFC7800)
-WORLD |= dict(key=0x1C22221C08180C08, bird=0x060FC67EFE7C1018, flower=0x185A3C185ADB7E18)  # 8 x 8 bitmaps
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-NOT_TRAINING = "workers device compile run_dir restart log_every checkpoint_every picture_every".split()
+@contextlib.contextmanager
+def guarded(run, total):
+    """Around the loop. In one process Ctrl-C and SIGTERM go into the list it yields, so that it ends after
+    the step in hand; a second one ends at once. Errors of disk and workers end in one line."""
+    signals, hook = [], threading.excepthook
+
+    def note(number, frame):
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+
+    alone = not dist.is_initialized() and threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM) if alone}
+    threading.excepthook = lambda _: None  # of TensorBoard, where the disk is full: its next call says so
+    run.since, run.last = time.monotonic(), run.step
+    run.save_at = run.since + 60 * run.args.save_minutes
+    try:
+        writer = SummaryWriter(run.folder, purge_step=run.step + 1) if run.rank == 0 else None
+        writer = writer or contextlib.nullcontext()
+        with tqdm(total=total, initial=run.step, disable=run.rank > 0) as run.bar, writer as run.board:
+            yield signals
+    except (KeyboardInterrupt, OSError) as error:
+        traceback.clear_frames(error.__traceback__)  # or the loader lives on and waits for its workers
+        words = (str(error) or "interrupted").splitlines()[-1]
+        sys.exit(f"{words}; the same command goes on from the last checkpoint")
+    finally:
+        threading.excepthook = hook
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    if signals:
+        sys.exit(f"stopped after step {run.step}, saved; the same command goes on")
+    if run.rank == 0:
+        print(f"{run.folder}/backbone.pt: {run.words}")
+    if dist.is_initialized():
+        dist.barrier()  # in torch 2.4 gloo may wait for ever in the next line
+        dist.destroy_process_group()
 
 
-def demo_image(index):
-    """Photo `index` of a small built-in world: 48 x 48 RGB, its class 0..9, its caption."""
-    rng = random.Random(index)
-    label, scale, light = rng.randrange(10), rng.uniform(0.35, 0.9), rng.uniform(0.35, 1.0)
-    name, bitmap = list(WORLD.items())[label]
-    thing = Image.frombytes("1", (8, 8), bitmap.to_bytes(8, "big")).convert("L")
-    thing = thing.resize((round(48 * scale),) * 2, Image.BICUBIC)
-    thing = thing.rotate(rng.uniform(-25, 25), Image.BICUBIC, expand=True)
-    x, y = (rng.randint(*sorted((0, 48 - side))) for side in thing.size)
-    image = Image.new("RGB", (48, 48), (180, 205, 235))
-    image.paste(((140, 70, 50), (50, 105, 60), (95, 75, 150))[label % 3], (x, y), thing)
-    image = Image.blend(Image.new("RGB", (48, 48)), image, light)
-    noise = Image.frombytes("L", (48, 48), rng.randbytes(48 * 48)).convert("RGB")
-    size, side = "big" if scale > 0.625 else "small", "left" if x + thing.width / 2 < 24 else "right"
-    caption = f"a {size} {name} on the {side} {'by day' if light > 0.675 else 'at dusk'}"
-    return Image.blend(image, noise, 0.25), label, caption
+def check_finite(step, loss, grad_norm, scaler):
+    """SystemExit if the loss, or the gradient of a step that float16 would not skip, is absurd."""
+    skips = scaler.is_enabled() and scaler.get_scale() > 1
+    if not (loss if skips else loss + grad_norm) < 1e9:
+        remedy = "lower the learning rate; or are the images of a batch all alike, black?"
+        sys.exit(f"step {step}: loss {loss:g}, gradient {grad_norm:g}; {remedy}")
 
 
-def read_image(path, image_size, min_scale):
-    """Any photo as upright 8-bit RGB. A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size if even then the
-    smallest crop (min_scale of the area, aspect 3/4) has image_size pixels a side."""
-    Image.MAX_IMAGE_PIXELS = None  # phones make 200 megapixels
-    with open(path, "rb") as file:  # by its path a raw TIFF would be mapped into memory, and turned wrongly
-        image = Image.open(file)
-        shrink = max(1, min(*image.size, math.sqrt(0.75 * min_scale * math.prod(image.size))) / image_size)
-        image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda value: value / 257)  # 16 bits, which convert() would clip
-    return image.convert("RGB")
+def log_metrics(run, step, metrics, problems, alarm_from):
+    """Metrics {tag: value} to metrics.jsonl, TensorBoard and the bar. The alarm rings from the third time in
+    a row, after step alarm_from, with a problem {words: tag} whose metric is hardly better than ten times
+    ago, to the third without."""
+    before = run.recent[0] if run.recent else metrics
+    better = {tag: metrics[tag] > before[tag] + 0.01 + 0.1 * abs(before[tag]) for tag in problems.values()}
+    lasting = [words for words, tag in problems.items() if not better[tag]]
+    if step > alarm_from:
+        run.streak = max(run.streak, 0) + 1 if lasting else min(run.streak, 0) - 1
+    if run.streak == 3 and not run.alarm and run.rank == 0:
+        tqdm.write(f"COLLAPSE at step {step}: {' | '.join(lasting)}")
+    if abs(run.streak) >= 3:
+        run.alarm = float(run.streak > 0)
+    metrics["monitor/alarm"] = run.alarm
+    now, seen = time.monotonic(), run.args.batch_size * (step - run.last)
+    metrics["perf/images_per_second"] = seen / (now - run.since)
 
-
-class Images(Dataset):
-    """Images of --data, no labels: item epoch x len + index is a list of views, random by that key alone."""
-
-    def __init__(self, data, views, seed, image_size, min_scale, rank):
-        self.views, self.seed, self.reading, ignored = views, seed, (image_size, min_scale), 0
-        if data == "demo":
-            self.items = [demo_image(index) for index in range(4096)]
-        elif os.path.isdir(data):
-            root = os.path.join(data, "train" if os.path.isdir(os.path.join(data, "train")) else "")
-            walk = os.walk(root, followlinks=True)
-            files = sorted(os.path.join(at, name) for at, _, names in walk for name in names)
-            self.items = [file for file in files if file.lower().endswith(IMAGE_ENDINGS)]
-            ignored = len(files) - len(self.items)
-        else:
-            if rank:
-                dist.barrier()  # the first process downloads, then the others read
-            try:
-                self.items = getattr(torchvision.datasets, data)("data", download=True)
-            except Exception as error:  # no such name, no network
-                raise SystemExit(f"--data {data}: no folder, no download ({error}). Give a folder, or demo")
-            if dist.is_initialized() and not rank:
-                dist.barrier()
-        self.found = f"{len(self.items)} images in {data}, {ignored} other files ignored"
-
-    def __getitem__(self, key):
-        for number in range(key, key + 100):
-            item = index = number % len(self.items)
-            try:
-                item = self.items[index]
-                image = read_image(item, *self.reading) if isinstance(item, str) else item[0].convert("RGB")
-                torch.default_generator.manual_seed(hash((self.seed, 1, key)) % 2**32)
-                pixels = v2.functional.pil_to_tensor(image)  # resizes 3 x as fast as PIL, alike to 2 of 255
-                return self.sample(index, pixels)
-            except Exception as error:  # whatever a decoder raises
-                warnings.warn(f"{item} cannot be read, the next one takes its place: {error}", stacklevel=2)
-        raise OSError(f"--data: 100 files in a row cannot be read, the last is {item}")
-
-    def sample(self, index, pixels):
-        return [view(pixels) for view in self.views]
-
-    def batches(self, batch_size, step, epochs, rank, world):
-        """Keys of this process's slice of each global batch from `step` on, dropping an epoch's rest."""
-        n = len(self.items)
-        start, skip = divmod(step, n // batch_size)
-        for epoch in range(start, epochs):
-            shuffle = torch.Generator().manual_seed(hash((self.seed, 2, epoch)) % 2**32)
-            for batch in torch.randperm(n, generator=shuffle).split(batch_size)[skip : n // batch_size]:
-                yield (epoch * n + batch.chunk(world)[rank]).tolist()
-            skip = 0
-
-
-def check_flags(args, may_be_zero, **at_most):
-    """SystemExit unless all numbers are above 0, or 0 if in may_be_zero, and at most at_most[name]."""
-    for name, value in asdict(args).items():
-        least, limit = 0 if name in may_be_zero else 1e-12, 2**63 - 1 if name == "seed" else 1e99
-        most = at_most.get(name, limit)
-        numbers = [x for x in (value if isinstance(value, tuple) else [value]) if type(x) in (int, float)]
-        if not all(least <= number <= most for number in numbers):
-            allowed = ("above 0" if least else "0 or more") + (f", at most {most}" if most < 1e99 else "")
-            raise SystemExit(f"--{name.replace('_', '-')} {value}: must be {allowed}")
-
-
-def start_processes(device, amp):
-    """From torchrun's environment: rank, number of processes, device, autocast type (None: float32)."""
-    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    mps = torch.backends.mps.is_available() and world < 2  # gloo cannot gather its tensors
-    here = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
-    kind = next(kind for kind in here if here[kind]) if device == "auto" else device
-    if not here[kind]:
-        raise SystemExit(f"--device {kind}: PyTorch finds none on this machine; use --device auto")
-    if kind == "cuda":
-        if local >= torch.cuda.device_count():
-            raise SystemExit(f"process {local + 1} of this machine has no GPU; lower --nproc-per-node")
-        torch.cuda.set_device(local)
-    if world > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    auto = "off" if kind != "cuda" else "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[auto if amp == "auto" else amp]
-    return rank, max(world, 1), torch.device(kind, local if kind == "cuda" else 0), dtype
-
-
-def cosine_schedule(step, total, warmup, base, final=0.0):
-    """From 0 in a straight line to base at step `warmup`, then in half a cosine to final at step `total`."""
-    if step < warmup:
-        return base * step / warmup
-    return final + (base - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    run.since, run.last = now, step
+    run.first, run.recent = run.first or metrics, [*run.recent, metrics][-10:]
+    own = [tag for tag in metrics if tag.startswith(("train/loss", run.method, "monitor/effective_rank"))]
+    run.words = ", ".join(f"{tag.split('/')[1]} {metrics[tag]:.4g}" for tag in own[:4])
+    run.bar.set_postfix_str(run.words)
+    if run.rank == 0:
+        for tag, value in metrics.items():
+            run.board.add_scalar(tag, value, step)
+        line = {"step": step, "epoch": (step - 1) // run.per_epoch}
+        line |= {tag: value for tag, value in metrics.items() if math.isfinite(value)}
+        with open(run.folder / "metrics.jsonl", "a") as log:
+            log.write(json.dumps(line) + "\n")
 
 
 def save_checkpoint(path, **state):
     """Write tensors and plain dicts in one step: a kill at any moment leaves the old file or the new one."""
-    with open(f"{path}.tmp", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
-
-
-def load_checkpoint(path, method):
-    """What save_checkpoint wrote, on the CPU; SystemExit if it is damaged or another method's."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # of zip, pickle or the disk
-        state = {}
-    if not isinstance(state, dict) or state.get("method") != method:
-        raise SystemExit(f"{path} is damaged, or not of {method}: use another --run-dir, or --restart")
-    return state
-
-
-def load_encoder(model, prefix, path, rank):
-    """Start the encoder, `prefix` in the model, from a backbone.pt (--init); SystemExit unless all of it
-    matches. What stays as it was, heads and decoders, is printed."""
-    try:
-        file = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"arch_args", "state_dict"} <= file.keys():
-            raise ValueError("is no backbone.pt; convert.py makes one of published weights")
-        state, given = file["state_dict"], file["arch_args"]
-        given = given.get("num_heads", given.get("heads"))
-        fresh, wrong = model.load_state_dict({prefix + k: v for k, v in state.items()}, strict=False)
-    except Exception as error:  # no such file, no backbone.pt, other shapes
-        raise SystemExit(f"--init {path}: {' '.join(str(error).split())[:300]}")
-    heads = tuple(prefix + part for part in ("fc.", "head.", "decoder_", "mask_token", "lm_head.", "proj"))
-    blocks = getattr(model.get_submodule(prefix.rstrip(".")), "blocks", None)
-    if given and blocks and blocks[0].attn.heads != given:  # of the same shape, and another network
-        wrong += [f"{given} heads"]
-    wrong += [name for name in fresh if name.startswith(prefix) and not name.startswith(heads)]
-    if wrong:
-        raise SystemExit(f"--init {path}: {len(wrong)} do not fit this encoder: {', '.join(wrong[:4])}")
-    if rank == 0:
-        new = {name.removeprefix(prefix).split(".")[0] for name in fresh}
-        print(f"--init {path}: new are {', '.join(sorted(new))}")
-
-
-def export_backbone(folder, method, args, dim, weights, **arch_args):
-    """backbone.pt: the encoder in public names and what its use takes. Uses save_checkpoint, MEAN, STD."""
-    weights = {name: tensor.cpu() for name, tensor in weights.items()}
-    if not all(tensor.isfinite().all() for tensor in weights.values()):  # a skipped float16 step
-        raise SystemExit(f"{folder}: a weight is not finite, nothing is saved; lower the rate, or --amp off")
-    info = {"method": method, "arch": args.arch, "arch_args": arch_args, "image_size": args.image_size}
-    save_checkpoint(folder / "backbone.pt", **info, mean=MEAN, std=STD, feature_dim=dim, state_dict=weights)
-
-
-def restore(parts, checkpoint, folder):
-    """Give each of the parts its state in the checkpoint; SystemExit if one does not fit."""
-    for name in (part for part in parts if checkpoint and checkpoint.get(part) != {}):  # {}: no scaler in use
-        try:
-            parts[name].load_state_dict(checkpoint[name])
-        except (RuntimeError, ValueError, KeyError) as error:  # of another version of the file
-            words = f"{folder}/checkpoint.pt does not fit ({' '.join(str(error).split())[:150]})"
-            raise SystemExit(f"{words}: use another --run-dir, or --restart")
-
-
-def name_images(run, data, batch_size, start, stop, why):
-    """Write down the images of the steps after `start` up to `stop`; returns `why` and in which file."""
-    batches = data.batches(batch_size, start, stop, 0, 1)
-    steps = [(step, key % len(data.items)) for step in range(start + 1, stop + 1) for key in next(batches)]
-    items = data.items if isinstance(data.items[0], str) else range(len(data.items))
-    lines = "".join(f"{step}\t{items[index]}\n" for step, index in steps)
-    try:
-        (run / "not-finite.txt").write_text(lines, errors="surrogateescape")
-    except OSError:  # a full disk must not hide the reason
-        return f"step {stop}: {why}"
-    return f"step {stop}: {why}. {run}/not-finite.txt names the images since step {start}"
-
-
-def open_run(args, method, rank):
-    """The run folder and the checkpoint in it, or {}; SystemExit if it holds another run."""
-    flags = {"method": method} | {k: v for k, v in asdict(args).items() if k not in NOT_TRAINING}
-    changed = {k: v for k, v in flags.items() if v != getattr(type(args), k, method)}
-    mark = "-" + hashlib.sha1(json.dumps(changed).encode()).hexdigest()[:8] if changed else ""
-    folder = Path(args.run_dir or f"runs/{method}{mark}")
-    record, path = folder / "args.json", folder / "checkpoint.pt"
-    try:
-        if record.exists() and not args.restart:
-            ours, new = json.loads(json.dumps(flags)), {k: getattr(type(args), k, None) for k in flags}
-            held = json.loads(json.dumps(new)) | json.loads(record.read_text())  # flags newer than the run
-            differ = [k for k in ours if held.get(k) != ours[k]]
-            other = ", ".join(f"--{k.replace('_', '-')} {held.get(k)}" for k in differ)
-            if other:
-                raise SystemExit(f"{folder} holds a run with {other}: use another --run-dir, or --restart")
-        checkpoint = load_checkpoint(path, method) if path.exists() and not args.restart else {}
-        if rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            if args.restart:
-                path.unlink(missing_ok=True)
-            Path(f"{record}.tmp").write_text(json.dumps(flags | asdict(args), indent=1))
-            os.replace(f"{record}.tmp", record)
-            with open(folder / "metrics.jsonl", "a") as log:
-                log.truncate(min(log.tell(), checkpoint.get("logged", 0)))  # what came after is done again
-    except (OSError, ValueError, TypeError) as error:
-        raise SystemExit(f"{record}: {error}; use another --run-dir, or --restart")
-    return folder, checkpoint
-
-
-# --- Training -----------------------------------------------------------------------------------------------
-def train(args: Args) -> dict:
-    """Pretrain in the run folder, from its checkpoint if it has one; returns the metrics of the last step."""
-    zero = "gray micro_batch_size workers weight_decay warmup_epochs seed".split()
-    most = {"permutations": 5000, "neighbors": 313}
-    check_flags(args, zero, min_scale=1, gray=1, rebalance=1, warmup_epochs=args.epochs, **most)
-    if args.task == "jigsaw" and args.image_size < 24:
-        raise SystemExit(f"--image-size {args.image_size}: jigsaw needs tiles of 6 pixels, so 24 or more")
-    rank, world, device, amp = start_processes(args.device, args.amp)
-    crop = (v2.Compose([central_square, random_crop(args.image_size, args.min_scale)]),)  # one view
-    data = Images(args.data, crop, args.seed, args.image_size, args.min_scale / 2, rank)  # half: the square
-    if args.batch_size > len(data.items) or args.batch_size % world:
-        raise SystemExit(f"--batch-size {args.batch_size}: give a multiple of {world}, at most {data.found}")
-    micro = args.micro_batch_size or args.batch_size
-    alone = (args.batch_size // world) % micro == 1 % micro
-    if alone and args.task == "colorization" and args.image_size < 33:  # the last map has 1 pixel
-        raise SystemExit(f"--micro-batch-size {micro}: leaves one image alone, BatchNorm needs two")
-    per_epoch = len(data.items) // args.batch_size
-    total, warmup = args.epochs * per_epoch, round(args.warmup_epochs * per_epoch)
-    peak_lr = args.base_lr * args.batch_size / 256
-    torch.manual_seed(args.seed)
-    model = TASKS[args.task](args)
-    if args.init:
-        load_encoder(model, "backbone.", args.init, rank)
-    try:
-        model.prepare(data, args.workers)
-    except OSError as error:  # no image can be read
-        raise SystemExit(str(error).splitlines()[-1])
-    run, checkpoint = open_run(args, "pretext", rank)
-    model = model.to(device, memory_format=torch.channels_last)  # twice as fast on CPUs
-    trained = [p for p in model.parameters() if p.requires_grad]
-    sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": args.weight_decay}
-    # fused leaves its first buffer unset where float16 overflows
-    optimizer = torch.optim.SGD(trained, peak_lr, **sgd, fused=amp != torch.float16)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    moving = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    step, metrics, alarm = (checkpoint.get(*pair) for pair in (("step", 0), ("metrics", {}), ("alarm", {})))
-    restore(moving, checkpoint, run)
-    if args.compile:
-        model.compile()
-    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    keys = data.batches(args.batch_size, step, args.epochs, rank, world)
-    loader = DataLoader(data, batch_sampler=keys, num_workers=args.workers, pin_memory=device.type == "cuda")
-    if rank == 0:
-        board = SummaryWriter(run, purge_step=step + 1)
-        print(f"{data.found}. Run folder {run}, step {step} of {total}")
-        print(f"{args.arch}, {amp or torch.float32}, {world} x {device}, effective learning rate {peak_lr:g}")
-    bar = tqdm(total=total, initial=step, disable=rank > 0)
-    logged, skipped, since, asked, waited = step, 0, time.perf_counter(), time.perf_counter(), 0.0
-    try:
-        for (crops,) in loader:
-            waited += time.perf_counter() - asked
-            for group in optimizer.param_groups:
-                group["lr"] = cosine_schedule(step, total, warmup, peak_lr)
-            generator = torch.Generator().manual_seed(hash((args.seed, 3, step)) % 2**32)
-            numbers = model.draw(args.batch_size, generator).chunk(world)[rank].to(device, non_blocking=True)
-            inputs, targets = model.batch(crops.to(device, non_blocking=True), numbers)
-            answers = model.answers(targets)
-            if world > 1:  # images without colour have none
-                dist.all_reduce(answers)
-            logs = step in (0, total - 1) or (step + 1) % args.log_every == 0
-            optimizer.zero_grad()
-            loss, sums, features = 0.0, 0.0, []
-            chunks = list(zip(inputs.split(micro), targets.split(micro), strict=True))
-            for i, (chunk, chunk_targets) in enumerate(chunks, start=1):
-                with net.no_sync() if world > 1 and i < len(chunks) else torch.enable_grad():  # averages once
-                    with torch.autocast(device.type, amp, enabled=amp is not None):
-                        logits, h = net(chunk)
-                    weighted, plain = model.loss(logits, chunk_targets)
-                    part = weighted.sum() * world / answers.clamp(min=1)
-                    scaler.scale(part).backward()
-                loss, logits = loss + part.detach(), logits.detach()
-                if logs:
-                    constant = model.loss(model.constant.expand_as(logits), chunk_targets)[0]
-                    terms = weighted.detach(), constant, plain.detach(), model.right(logits, chunk_targets)
-                    sums = sums + torch.stack([term.sum() for term in terms])
-                    features.append(h.detach())
-            scaler.unscale_(optimizer)
-            step += 1
-            saves = step % args.checkpoint_every == 0 or step == total
-            if logs or saves:  # only here does a step wait for the device
-                grad_norm = torch.stack([p.grad.norm() for p in trained]).norm()
-                if not torch.isfinite(loss if scaler.get_scale() > 1 else loss + grad_norm):
-                    why = f"loss {loss:g}, gradient {grad_norm:g}; lower --base-lr"
-                    raise SystemExit(name_images(run, data, args.batch_size, logged, step, why))
-            scale = scaler.get_scale()
-            scaler.step(optimizer)
-            scaler.update()
-            skipped += scaler.get_scale() < scale  # float16 overflowed
-            bar.update()
-            if logs:
-                n = max(answers.item(), 1)
-                mean, constant, plain, accuracy = (gather(sums[None]).sum(dim=0) / n).tolist()
-                gain, chance = 1 - mean / max(constant, 1e-6), 1 / len(model.constant)
-                feature = collapse_metrics(torch.cat(features), center=True)
-                lucky = accuracy <= chance + 3 * (chance * (1 - chance) / n) ** 0.5
-                stuck = gain < 0.01 if args.task == "colorization" else lucky
-                words = f"accuracy {accuracy:.3f}, gain {gain:.1%} over a constant answer: it learns nothing"
-                now, armed_after = time.perf_counter(), max(min(500, 0.2 * total), warmup)
-                metrics = {"train/loss": mean, "train/lr": group["lr"], "train/grad_norm": grad_norm.item()}
-                metrics |= {"pretext/accuracy": accuracy, "pretext/gain": gain, "pretext/plain_loss": plain}
-                metrics |= {f"monitor/{k}": v for k, v in feature.items()}
-                metrics["perf/images_per_second"] = args.batch_size * (step - logged) / (now - since)
-                metrics["perf/data_wait"] = waited / (now - since)
-                metrics["perf/skipped_steps"] = skipped  # since the last log
-                logged, skipped, since, waited = step, 0, now, 0.0
-                if rank == 0:
-                    problems = {f"{words}; raise or lower --base-lr": stuck}
-                    metrics["monitor/alarm"] = collapse_alarm(alarm, step, armed_after, problems)
-                    if accuracy > 0.97 and step <= per_epoch and not alarm.get("shortcut"):
-                        alarm["shortcut"] = True
-                        tqdm.write(f"{accuracy:.0%} in the first epoch: a shortcut? See views.png, try k-NN")
-                    for tag, value in metrics.items():
-                        board.add_scalar(tag, value, step)
-                    line = {"step": step, "epoch": (step - 1) // per_epoch}
-                    line |= {tag: value for tag, value in metrics.items() if math.isfinite(value)}
-                    with open(run / "metrics.jsonl", "a") as log:
-                        log.write(json.dumps(line) + "\n")
-                    bar.set_postfix_str(f"loss {mean:.3f} accuracy {accuracy:.3f}")
-            if rank == 0 and (step in (1, total) or step % args.picture_every == 0):
-                picture = page(model.columns(chunk, chunk_targets, logits))
-                name = f"answers-{step:06d}.png" if step > 1 else "views.png"  # what the network sees
-                v2.functional.to_pil_image(picture).save(run / name)
-                board.add_image("answers", picture, step)
-            if saves and rank == 0:
-                export_backbone(run, "pretext", args, h.shape[1], model.backbone.state_dict(), stem=args.stem)
-                state = {name: part.state_dict() for name, part in moving.items()}
-                state |= {"method": "pretext", "step": step, "metrics": metrics, "alarm": alarm}
-                save_checkpoint(run / "checkpoint.pt", **state, logged=os.path.getsize(run / "metrics.jsonl"))
-            asked = time.perf_counter()
-    except (KeyboardInterrupt, OSError) as error:  # a worker's error comes behind its traceback
-        reason = (str(error) or "interrupted").splitlines()[-1]
-        raise SystemExit(f"{reason} (step {step}); the same command, without --restart, continues")
+        torch.save(state, temporary)  # by its path: Ctrl-C within stays a KeyboardInterrupt
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save's words for a full disk
+        raise OSError(f"{path}: cannot be written, is the disk full? ({str(error)[:80]})")
     finally:
-        bar.close()
-        if rank == 0:
-            with contextlib.suppress(OSError):  # a full disk, of which the message speaks
-                board.close()
-    if rank == 0:
-        print(f"{run}/backbone.pt: " + ", ".join(f"{tag} {value:.4g}" for tag, value in metrics.items()))
-    if world > 1:
-        dist.barrier()  # in torch 2.4 gloo may wait for ever in the next line
-        dist.destroy_process_group()
-    return metrics
+        temporary.unlink(missing_ok=True)
+
+
+def save_run(run, step, encoder, **facts):
+    """checkpoint.pt, all that moves, and backbone.pt, the encoder {name: tensor} in public names and what
+    builds it; once a step."""
+    if run.rank > 0 or step == run.step and (run.folder / "checkpoint.pt").exists():
+        return
+    weights = {name: tensor.cpu() for name, tensor in encoder.items()}
+    if not all(tensor.isfinite().all() for tensor in weights.values()):  # a skipped float16 step can do that
+        sys.exit(f"step {step}: a weight is not finite, nothing is saved; lower the learning rate")
+    facts |= {"method": run.method, "arch": run.args.arch, "image_size": run.args.image_size}
+    facts |= {"mean": MEAN, "std": STD, "state_dict": weights}
+    save_checkpoint(run.folder / "backbone.pt", **facts)
+    run.step, run.logged = step, os.path.getsize(run.folder / "metrics.jsonl")
+    state = {name: getattr(run, name) for name in run.kept}
+    state |= {name: part.state_dict() for name, part in run.parts.items()}
+    save_checkpoint(run.folder / "checkpoint.pt", method=run.method, **state)
+    run.save_at = time.monotonic() + 60 * run.args.save_minutes
 
 
 if __name__ == "__main__":

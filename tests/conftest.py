@@ -23,7 +23,7 @@ TRAINING = [
     )
 ]
 # rewritten; when all are, tests of the first go
-SECOND_EDITION = ["byol", "dino", "ijepa", "mae", "moco", "moco_v3", "simclr"]
+SECOND_EDITION = ["byol", "dino", "ijepa", "mae", "moco", "moco_v3", "pretext", "simclr"]
 FIRST_EDITION = [script for script in TRAINING if script not in SECOND_EDITION]
 REPRESENTATIVES = {"simclr", "clip"}  # for `shared`: one of each edition; of the first the fastest
 # Flags that make a run tiny, for scripts whose defaults are not tiny enough.

@@ -715,6 +715,15 @@ def random_targets(module, monkeypatch):
     )
 
 
+def random_turns(module, monkeypatch):
+    def shuffled(images):
+        turned, labels = rotate_batch(images)
+        return turned, labels[torch.randperm(len(labels))]
+
+    rotate_batch = module.rotate_batch
+    monkeypatch.setattr(module, "rotate_batch", shuffled)
+
+
 # For each safeguard the flags that remove it, or a control f(module, monkeypatch) that spoils the task, and
 # what the alarm says; half an epoch of small demo images is enough to see it.
 SAFEGUARDS = {
@@ -725,6 +734,7 @@ SAFEGUARDS = {
     "moco": [({"negatives": False}, "directions|one way")],
     # with its own momentum z falls from 85 directions to 7.6 in 150 steps
     "moco_v3": [({"negatives": False, "momentum": 0.0}, "directions|by chance")],
+    "pretext": [(random_turns, "no better than one answer to all")],
     "simclr": [({"negatives": False}, "directions|one way")],
 }
 SHORT = {
@@ -743,6 +753,7 @@ FASTER = {
     "mae": {"base_lr": 6e-3, "log_every": 1},
     "moco": {"base_lr": 0.06},
     "moco_v3": {"patch_size": 16},
+    "pretext": {"base_lr": 0.06, "image_size": 24, "min_scale": 1.0, "log_every": 1},
     "simclr": {"image_size": 16},
 }
 ON_PHOTOS = {"byol": FASTER["byol"]}

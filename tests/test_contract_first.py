@@ -576,22 +576,12 @@ def shuffled_captions(module, monkeypatch):
     )
 
 
-def random_turns(module, monkeypatch):
-    def shuffled(images):
-        turned, labels = rotate_batch(images)
-        return turned, labels[torch.randperm(len(labels))]
-
-    rotate_batch = module.rotate_batch
-    monkeypatch.setattr(module, "rotate_batch", shuffled)
-
-
 # For each safeguard the flags that remove it, or a control that spoils the task, and what the alarm says; 60
 # steps on the demo images are enough to see it.
 SAFEGUARDS = {
     "beit": [(one_code, "perplexity 1.0")],
     "clip": [(shuffled_captions, "found by chance")],
     "dinov2": [({"centering": False, "momentum": 0.9}, "one-hot"), ({"sharpening": False}, "uniform")],
-    "pretext": [(random_turns, "it learns nothing")],
 }
 SHORT = {
     "data": "demo",
@@ -608,7 +598,6 @@ FASTER = {
     "clip": {"lr": 2e-3, "context_length": 40},
     # the alarm is not armed while the prototypes are frozen; large patches take less time
     "dinov2": {"freeze_last_layer": 0, "patch_size": 16, "local_crops": 0},
-    "pretext": {"base_lr": 0.06, "image_size": 24, "min_scale": 1.0, "log_every": 6, "warmup_epochs": 0.4},
 }
 
 # On the photos these two need more before they tell codes, or captions, better than by chance.

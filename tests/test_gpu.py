@@ -35,7 +35,7 @@ VARIANTS = {
         {"negatives": False, "blur": 0.5, "image_size": 40},
     ],
     "moco_v3": [{"negatives": False, "blurs": (1.0, 0.5), "image_size": 40}],
-    "pretext": [{"task": "jigsaw", "micro_batch_size": 4}, {"task": "colorization"}],
+    "pretext": [{"task": "jigsaw"}, {"task": "colorization"}],
     "simclr": [{"micro_batch_size": 4, "optimizer": "lars", "blur": 0.5, "image_size": 40}],
 }
 # Where a step waits for the device although nothing is logged.
