@@ -4,54 +4,61 @@
 # ///
 r"""BEiT: learn features by naming the visual tokens of the patches that were hidden.
 
-Paper: Bao et al. 2021, arXiv 2106.08254; where paper and official PyTorch code differ, the code.
-First a tokenizer learns to write each patch of an image as one of K codes and to paint the image from them:
-a discrete VAE (dVAE, arXiv 2102.12092). Then a ViT sees the image with blocks of patches M replaced by a mask
-token and predicts the codes z of these patches:
+Paper: Bao et al. 2021, arXiv 2106.08254; where it differs from the official PyTorch code, as in the code.
+First a tokenizer, a discrete VAE (arXiv 2102.12092), learns to write each patch of an image as one of K codes
+and to paint the image from them. Then a ViT sees images with blocks of patches M replaced by a mask token,
+and predicts the codes z of these patches:
   L = 1 / |M|  sum over i in M of  -log softmax(lm_head(h_i))[z_i],   z = argmax_k tokenizer(image)
-The targets are fixed, so nothing can collapse; but if the tokenizer uses few codes, they are trivial, and a
-model may learn how frequent they are and no more. Both are watched.
+The targets are fixed, so nothing can collapse; what can go wrong is a tokenizer that uses few codes, or a
+model that learns no more than how frequent each is.
 
 Demo:   python beit.py
 Photos: python beit.py --data photos/ --image-size 128 --patch-size 8 --tokenizer-layers 3 --arch vit_small \
             --tokens 1024 --tokenizer-dim 128 --tokenizer-epochs 20 --min-block 20 --epochs 400 --workers 8
-Paper: torchrun --nnodes 2 --nproc-per-node 8 beit.py --data imagenet/ --image-size 224 --patch-size 16 \
-            --tokenizer-layers 3 --tokens 8192 --code-dim 512 --tokenizer-dim 256 --mask-ratio 0.383 \
-            --min-block 16 --min-scale 0.08 --arch vit_base --drop-path 0.1 --epochs 800 --warmup-epochs 10 \
+Paper:  torchrun --nnodes 2 --nproc-per-node 8 beit.py --data imagenet/ --image-size 224 --patch-size 16 \
+            --tokenizer-layers 3 --tokens 8192 --tokenizer-dim 256 --mask-ratio 0.383 --min-block 16 \
+            --min-scale 0.08 --arch vit_base --drop-path 0.1 --epochs 800 --warmup-epochs 10 \
             --batch-size 2048 --lr 1.5e-3 --workers 12
 
-Differs from the official code: its own tokenizer, of the official layers and sizes, with a softmax that gets
-colder and a KL term, for DALL-E's, whose files are gone; no schedule for one is published, these are ours.
-Encoders below vit_base. The tokenizer's view is resized bicubic, not Lanczos; ImageNet's mean and deviation;
-colours are jittered after the crop, in one order a batch. The loss is the mean over the hidden patches of all
-processes. Drop path depends on the number of processes and on --micro-batch-size.
+Differs from the official code: its own tokenizer, of the official layers and sizes, for DALL-E's, whose files
+are gone; no schedule for one is published, this is ours; it sees the same crop, reduced, not a second resize
+by Lanczos. Encoders below vit_base. Colours are jittered after the crop, in one order a batch. The loss is
+the mean over the hidden patches of all processes; stochastic depth depends on the number of these.
 """
 
 import contextlib
 import hashlib
+import io
 import json
+import logging
 import math
 import os
 import random
+import signal
+import sys
+import threading
 import time
-import warnings
+import traceback
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 import tyro
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.ops import stochastic_depth
-from torchvision.transforms import RandomResizedCrop, v2
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 # --- Args ---------------------------------------------------------------------------------------------------
@@ -67,18 +74,16 @@ class Args:
     color_jitter: float = 0.4  # of brightness, contrast and saturation (paper: 0.4)
     mask_ratio: float = 0.4  # share of the patches that is hidden (paper: 0.4, its code 75 of 196)
     min_block: int = 4  # patches of the smallest block of the mask (paper: 16)
-    tokenizer: str = ""  # run folder, or TorchScript: images in [0, 1] to codes (B, h, w); default: train one
+    workers: int = 2  # processes that read images, for each training process
+    tokenizer: str = ""  # tokenizer/backbone.pt of an earlier run; default: train one first
     tokens: int = 128  # K, codes of the tokenizer (paper: 8192)
-    code_dim: int = 32  # width of a code (DALL-E: 128)
-    tokenizer_dim: int = 32  # width of the tokenizer's layers (paper: 256)
-    tokenizer_layers: int = 2  # each halves the sides: tokens stand for 2^layers pixels (paper: 3)
+    tokenizer_dim: int = 32  # width of the tokenizer's layers, half of a code's (paper: 256)
+    tokenizer_layers: int = 2  # each halves the sides: a code stands for 2^layers pixels (paper: 3)
     tokenizer_epochs: int = 4  # passes over the data for the tokenizer, before the others
     tokenizer_lr: float = 5e-3  # its learning rate, falling to 0; no warm-up (DALL-E: 1e-4)
     kl_weight: float = 0.02  # of its KL divergence, of each position's shares from equal ones
-    workers: int = 2  # processes that read images, for each training process
     arch: Arch = "vit_nano"  # encoder, 128 to 1280 wide (paper: vit_base, vit_large)
-    positions: Literal["shared", "blocks", "absolute"] = "shared"  # a relative table, one a block, absolute
-    layer_scale: float = 0.1  # start of LayerScale, 0: none (paper: 0.1, vit_large 1e-5)
+    layer_scale: float = 0.1  # start of LayerScale (paper: 0.1, vit_large 1e-5)
     drop_path: float = 0.0  # stochastic depth of the last block, 0 in the first (paper: 0.1)
     epochs: int = 8  # passes over the data (paper: 800)
     batch_size: int = 64  # images per step, of all processes together (paper: 2048)
@@ -88,70 +93,58 @@ class Args:
     warmup_epochs: float = 0.5  # linear from 0 (paper: 10)
     init: str = ""  # backbone.pt that the encoder starts from, of convert.py or an earlier run
     seed: int = 0  # of all random numbers
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is one
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on cuda, off elsewhere
     compile: bool = False  # torch.compile the model
     run_dir: str = ""  # default: runs/METHOD, and a hash of the flags that differ from the defaults
-    restart: bool = False  # begin anew in a run folder that is in use
     log_every: int = 10  # steps
-    checkpoint_every: int = 100  # steps
-    picture_every: int = 500  # steps
+    save_minutes: float = 10.0  # between checkpoints, written at a log step, 0: at each; always at the end
 
 
 # --- Augmentation -------------------------------------------------------------------------------------------
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+def random_crop(size, min_scale, max_scale=1.0):
+    """In the worker: random resized crop and flip of a uint8 image (C, H, W) -> (C, size, size)."""
+    crop = v2.RandomResizedCrop(size, (min_scale, max_scale), interpolation=v2.InterpolationMode.BICUBIC)
+    return v2.Compose([crop, v2.RandomHorizontalFlip()])
+
+
 def block_mask(grid, num_masked, rng, min_block=16):
-    """Blockwise mask (Algorithm 1, as in masking_generator.py): bool (H, W) with at most num_masked True, in
-    blocks of min_block patches or more, as far as there is room. rng: random.Random."""
-    (height, width), mask, count = grid, torch.zeros(grid, dtype=torch.bool), 0
-    while count < num_masked:
-        most = num_masked - count
-        for _ in range(10):
-            area, aspect = rng.uniform(min_block, most), math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
-            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if h < height and w < width:
-                top, left = rng.randint(0, height - h), rng.randint(0, width - w)
-                block = mask[top : top + h, left : left + w]
-                if 0 < (new := block.numel() - block.sum().item()) <= most:
-                    block.fill_(True)
-                    count += new
-                    break
-        else:
-            break
+    """Blockwise mask (Algorithm 1, as in the official code): bool (H, W), at most num_masked True, in blocks
+    of min_block patches or more, as far as there is room. rng: random.Random."""
+    mask, missing, tries = torch.zeros(grid, dtype=torch.bool), num_masked, 0
+    while missing > 0 and tries < 10:
+        tries += 1
+        area = rng.uniform(min_block, missing)
+        aspect = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if height < grid[0] and width < grid[1]:
+            top, left = rng.randint(0, grid[0] - height), rng.randint(0, grid[1] - width)
+            block = mask[top : top + height, left : left + width]
+            new = (~block).sum().item()
+            if 0 < new <= missing:
+                block.fill_(True)
+                missing, tries = missing - new, 0
     return mask
 
 
-class MaskedViews:
-    """In the worker: uint8 image (C, H, W) -> the same crop and flip at both sizes, and a mask of patches.
-    Uses block_mask."""
-
-    def __init__(self, size, token_size, min_scale, side, num_masked, min_block):
-        self.sizes, self.scale = (size, token_size), (min_scale, 1.0)
-        self.mask = (side, side), num_masked, min_block
-
-    def __call__(self, pixels):
-        top, left, height, width = RandomResizedCrop.get_params(pixels, self.scale, (3 / 4, 4 / 3))
-        box = pixels[:, top : top + height, left : left + width]
-        box = box.flip(2) if torch.rand(()) < 0.5 else box
-        views = [v2.functional.resize(box, [size, size], v2.InterpolationMode.BICUBIC) for size in self.sizes]
-        (grid, num_masked, min_block), seed = self.mask, torch.randint(2**31, ()).item()
-        return *views, block_mask(grid, num_masked, random.Random(seed), min_block)
+def mask_view(pixels, grid, num_masked, min_block):
+    """In the worker: a block mask for the image, by torch's random numbers. Uses block_mask."""
+    rng = random.Random(torch.randint(2**31, ()).item())
+    return block_mask(grid, num_masked, rng, min_block)
 
 
-def jitter_colors(images, factors, order):
-    """uint8 (B, 3, H, W) -> [0, 1]: brightness, contrast, saturation of each image times its factors (B, 3),
-    in this order; with the results of torchvision's adjust_* functions."""
-    x, gray_of = images.float() / 255, v2.functional.rgb_to_grayscale
-    brightness, contrast, saturation = factors.view(-1, 3, 1, 1, 1).unbind(1)
-    operations = (
-        lambda x: x * brightness,
-        lambda x: torch.lerp(gray_of(x).mean(dim=(2, 3), keepdim=True), x, contrast),
-        lambda x: torch.lerp(gray_of(x), x, saturation),
-    )
-    for i in order:
-        x = operations[i](x).clamp(0, 1)
+def jitter_colors(images, u, order, strength):
+    """On the device: uint8 (B, 3, H, W) -> [0, 1], brightness, contrast, saturation of each image, in this
+    order, times 1 - strength to 1 + strength by uniform random numbers u (B, 3), as torchvision's."""
+    factors = 1 + strength * (2 * u.view(-1, 3, 1, 1, 1) - 1)
+    x = images.float() / 255
+    for i in order:  # away from black, from the mean gray, from gray
+        gray = v2.functional.rgb_to_grayscale(x)
+        origin = (0 * gray, gray.mean(dim=(2, 3), keepdim=True), gray)[i]
+        x = torch.lerp(origin, x, factors[:, i]).clamp(0, 1)
     return x
 
 
@@ -161,16 +154,16 @@ class ResBlock(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        convs = [nn.Conv2d(dim, dim, 3, padding=1), nn.Conv2d(dim, dim, 3, padding=1), nn.Conv2d(dim, dim, 1)]
-        self.net = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
+        first, second = (nn.Conv2d(dim, dim, 3, padding=1) for _ in "12")
+        self.net = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Conv2d(dim, dim, 1))
 
     def forward(self, x):
-        return self.net(x) + x
+        return x + self.net(x)
 
 
 class DVAE(nn.Module):
-    """Discrete VAE in the names of modeling_discrete_vae.py: images (B, 3, H, W) in [-1, 1] <-> one of K
-    codes for each 2^layers pixels a side. Uses ResBlock."""
+    """Discrete VAE in the official names: images (B, 3, H, W) in [-1, 1] <-> one of K codes (B, h, w) for
+    each 2^layers pixels a side. Uses ResBlock."""
 
     def __init__(self, tokens=512, code_dim=64, hidden_dim=64, layers=2):
         super().__init__()
@@ -184,18 +177,12 @@ class DVAE(nn.Module):
         self.encoder = nn.Sequential(*encoder, nn.Conv2d(hidden_dim, tokens, 1))
         self.decoder = nn.Sequential(*decoder, nn.Conv2d(hidden_dim, 3, 1))
 
-    def decode(self, codes):
-        """Codes (B, h, w), or shares of them (B, K, h, w) -> images in [-1, 1]."""
-        if codes.ndim == 3:
-            return self.decoder(self.codebook(codes).movedim(3, 1))
-        return self.decoder(torch.einsum("bkhw,kd->bdhw", codes, self.codebook.weight))
-
     def forward(self, images, noise, temperature):
         """Logits (B, K, h, w), and the image painted from softmax((logits + noise) / temperature), of Gumbel
         noise of this shape: soft forward and backward."""
         logits = self.encoder(images)
-        shares = torch.softmax((logits.float() + noise) / temperature, dim=1)
-        return logits, self.decode(shares.to(logits.dtype))
+        shares = torch.softmax((logits + noise) / temperature, dim=1)
+        return logits, self.decoder(torch.einsum("bkhw,kd->bdhw", shares, self.codebook.weight))
 
 
 def gumbel_noise(seeds, shape, device):
@@ -205,69 +192,54 @@ def gumbel_noise(seeds, shape, device):
     return -torch.stack(rows).clamp(min=1e-9).log()
 
 
-def relative_index(height, width):
-    """Rows of the table of relative positions for [CLS] and a grid, (1 + N, 1 + N), row the query: by offset
-    from key to query, then one row each for [CLS] to patch, patch to [CLS], [CLS] to itself."""
-    y, x = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
-    n = (2 * height - 1) * (2 * width - 1)
-    index = torch.full((1 + len(y),) * 2, n)
-    index[1:, 1:] = (y[:, None] - y + height - 1) * (2 * width - 1) + x[:, None] - x + width - 1
-    index[1:, 0], index[0, 0] = n + 1, n + 2
-    return index
-
-
 class RelativePositionBias(nn.Module):
-    """Learnt bias (heads, 1 + N, 1 + N) of attention. Uses relative_index."""
+    """Learnt bias (heads, 1 + N, 1 + N) of attention, row the query, by the offset of two patches of a square
+    grid; [CLS] to patch, patch to [CLS] and [CLS] to itself have one each."""
 
-    def __init__(self, grid, heads):
+    def __init__(self, side, heads):
         super().__init__()
-        self.register_buffer("relative_position_index", relative_index(*grid))
-        size = self.relative_position_index.max() + 1
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(size, heads))
+        y, x = torch.arange(side**2) // side, torch.arange(side**2) % side
+        span = 2 * side - 1
+        index = (y[:, None] - y + side - 1) * span + x[:, None] - x + side - 1
+        index = F.pad(index, (1, 0, 1, 0), value=span**2)
+        index[1:, 0], index[0, 0] = span**2 + 1, span**2 + 2
+        self.register_buffer("relative_position_index", index)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(span**2 + 3, heads))
 
     def forward(self):
         return self.relative_position_bias_table[self.relative_position_index].movedim(2, 0)
 
 
 class BEiTAttention(nn.Module):
-    """Self-attention of tokens (B, N, D), with a bias (heads, N, N) or, if it has a grid, its own. Keys have
-    no bias, it would change nothing. Uses relative_index."""
+    """Self-attention of tokens (B, N, D) with a bias (heads, N, N). Its keys have none of their own, it would
+    change nothing."""
 
-    def __init__(self, dim, heads, grid=None):
+    def __init__(self, dim, heads):
         super().__init__()
-        self.relative_position_bias_table = None
-        if grid:
-            self.register_buffer("relative_position_index", relative_index(*grid))
-            size = self.relative_position_index.max() + 1
-            self.relative_position_bias_table = nn.Parameter(torch.zeros(size, heads))
         self.heads = heads
         self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x, bias=None):
-        if self.relative_position_bias_table is not None:
-            bias = self.relative_position_bias_table[self.relative_position_index].movedim(2, 0)
+    def forward(self, x, bias):
         shift = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, shift)
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
+        x = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
 
 
 class BEiTBlock(nn.Module):
     """Pre-norm block of tokens (B, N, D) with LayerScale. Uses BEiTAttention."""
 
-    def __init__(self, dim, heads, grid=None, layer_scale=0.1, drop_path=0.0):
+    def __init__(self, dim, heads, layer_scale=0.1, drop_path=0.0):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn, self.drop_path = BEiTAttention(dim, heads, grid), drop_path
+        self.attn, self.drop_path = BEiTAttention(dim, heads), drop_path
         layers = OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim))
         self.mlp = nn.Sequential(layers)
-        self.gamma_1 = self.gamma_2 = 1.0
-        if layer_scale:
-            self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((dim,), layer_scale)) for _ in "12")
+        self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((dim,), layer_scale)) for _ in "12")
 
-    def forward(self, x, bias=None):
+    def forward(self, x, bias):
         y = self.gamma_1 * self.attn(self.norm1(x), bias)
         x = x + stochastic_depth(y, self.drop_path, "row", self.training)
         y = self.gamma_2 * self.mlp(self.norm2(x))
@@ -278,53 +250,37 @@ VITS = {"vit_nano": (128, 6, 4), "vit_tiny": (192, 12, 3), "vit_small": (384, 12
 VITS |= {"vit_base": (768, 12, 12), "vit_large": (1024, 24, 16), "vit_huge": (1280, 32, 16)}
 
 
-def from_timm(model, state, *_):
-    """Before loading: one table in all blocks, as in timm and backbone.pt, is the shared one; an index that
-    is missing is the model's own."""
-    table = "relative_position_bias_table"
-    own = [name for name in state if name.startswith("blocks.") and name.endswith(table)]
-    if model.rel_pos_bias is not None and own and all(torch.equal(state[own[0]], state[k]) for k in own):
-        state[f"rel_pos_bias.{table}"] = [state.pop(name) for name in own][0]
-    for name, index in model.named_buffers():
-        state.setdefault(name, index)
-
-
 class BEiT(nn.Module):
-    """ViT of side x side patches in the official names. positions: one relative table ("shared"), one in each
-    block ("blocks"), or learnt ones ("absolute"). Uses VITS, BEiTBlock, BEiTAttention, RelativePositionBias,
-    relative_index, from_timm."""
+    """ViT of side x side patches in the official names, with one table of relative positions for all blocks.
+    Uses VITS, BEiTBlock, BEiTAttention, RelativePositionBias."""
 
-    def __init__(self, arch, side, patch_size, tokens, positions="shared", layer_scale=0.1, drop_path=0.0):
+    def __init__(self, arch, side, patch_size, tokens, layer_scale=0.1, drop_path=0.0):
         super().__init__()
         dim, depth, heads = VITS[arch]
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
-        self.cls_token, self.mask_token = (nn.Parameter(torch.empty(1, 1, dim)) for _ in "12")
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + side**2, dim)) if positions == "absolute" else None
-        self.rel_pos_bias = RelativePositionBias((side, side), heads) if positions == "shared" else None
-        grid, rates = (side, side) if positions == "blocks" else None, torch.linspace(0, drop_path, depth)
-        blocks = [BEiTBlock(dim, heads, grid, layer_scale, rate.item()) for rate in rates]
-        self.blocks, self.norm = nn.ModuleList(blocks), nn.LayerNorm(dim, eps=1e-6)
-        self.lm_head = nn.Linear(dim, tokens)
-        layers = [layer for layer in self.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
-        vectors = [x for x in (self.cls_token, self.mask_token, self.pos_embed) if x is not None]
-        for weight in [layer.weight for layer in layers] + vectors:
-            nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)  # cut at one deviation, as in the code
-        for layer in (layer for layer in layers if layer.bias is not None):
-            nn.init.zeros_(layer.bias)
-        for i, block in enumerate(blocks, start=1):
-            for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
-                weight.data.div_(math.sqrt(2 * i))
-        self._register_load_state_dict_pre_hook(from_timm, with_module=True)  # public in torch 2.5
+        self.cls_token, self.mask_token = (nn.Parameter(torch.zeros(1, 1, dim)) for _ in "12")
+        self.rel_pos_bias = RelativePositionBias(side, heads)
+        rates = [drop_path * i / (depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(BEiTBlock(dim, heads, layer_scale, rate) for rate in rates)
+        self.norm, self.lm_head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, tokens)
+
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif p.ndim > 1 and not name.endswith("table"):
+                nn.init.trunc_normal_(p, std=0.02, a=-0.02, b=0.02)  # cut at one deviation, as in the code
+        for i, block in enumerate(self.blocks, start=1):
+            block.attn.proj.weight.data /= math.sqrt(2 * i)
+            block.mlp.fc2.weight.data /= math.sqrt(2 * i)
 
     def forward(self, images, mask, return_tokens=False):
-        """Logits (hidden patches, K) where mask (B, H, W) is True, image by image, row by row; on request
+        """Logits (M, K) of the M patches where mask (B, H, W) is True, image by image, row by row; on request
         also tokens (B, 1 + N, D) of [CLS] and all patches."""
         mask = mask.flatten(1)
         x = self.patch_embed(images).flatten(2).mT
         x = torch.where(mask[:, :, None], self.mask_token.to(x.dtype), x)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
-        x = x if self.pos_embed is None else x + self.pos_embed
-        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        bias = self.rel_pos_bias()
         for block in self.blocks:
             x = block(x, bias)
         x = self.norm(x)
@@ -334,20 +290,480 @@ class BEiT(nn.Module):
 
 # --- Loss ---------------------------------------------------------------------------------------------------
 def dvae_loss(logits, painted, images, kl_weight):
-    """Of each image (B,): squared error of the painting plus kl_weight x KL(codes || uniform) a position, in
-    [0, ln K], of the logits (B, K, h, w) without noise and temperature; and both parts."""
-    error = (painted.float() - images).square().mean(dim=(1, 2, 3))
-    log_q = F.log_softmax(logits.float(), dim=1)
-    kl = (math.log(logits.shape[1]) + (log_q.exp() * log_q).sum(dim=1)).mean(dim=(1, 2))
+    """Squared error of what is painted + kl_weight x KL(shares || equal ones) of a position, in [0, ln K], of
+    the logits (B, K, h, w) without noise and temperature; and both parts."""
+    log_q = F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    kl = math.log(logits.shape[1]) + (log_q.exp() * log_q).sum(dim=1).mean()
+    error = (painted - images).square().mean()  # images are float32
     return error + kl_weight * kl, error, kl
 
 
-def beit_loss(logits, codes, mask):
-    """Cross-entropy (M,) of logits (M, K) with the codes (B, H, W) of the M patches where mask is True."""
-    return F.cross_entropy(logits.float(), codes[mask], reduction="none")
+def beit_loss(logits, codes, hidden):
+    """Cross-entropy of logits (M, K) with codes (M,), summed, over the number of all hidden patches."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, codes, reduction="sum") / hidden
 
 
 # --- Monitor ------------------------------------------------------------------------------------------------
+def code_shares(codes, tokens):
+    """Shares (K,) of the codes, and exp of their entropy, the perplexity: how many are in use."""
+    shares = torch.bincount(codes.flatten(), minlength=tokens) / codes.numel()
+    return shares, torch.special.entr(shares).sum().exp().item()
+
+
+def tokenizer_monitor(codes, tokens, error, kl):
+    """Metrics of codes (B, h, w) of a batch or chunk, of K = tokens, and of parts of dvae_loss; and what is
+    wrong, {words: the metric that shows it}. Uses code_shares."""
+    perplexity = code_shares(codes, tokens)[1]
+    metrics = {"dvae/error": error.item(), "dvae/kl": kl.item(), "dvae/perplexity": perplexity}
+    remedy = "lower --kl-weight" if kl < 0.1 else "raise --kl-weight, or lower --tokens"
+    few = perplexity < tokens / 20
+    return metrics, {f"few codes are in use; {remedy}": "dvae/perplexity"} if few else {}
+
+
+def monitor(codes, answers, tokens, features):
+    """Metrics of codes (B, H, W) of K = tokens, answers (B, H, W), -1 where nothing is hidden, and features
+    (B, D) of a batch or chunk; and what is wrong, {words: the metric that shows it}.
+    Uses code_shares, collapse_metrics."""
+    hidden = answers >= 0
+    accuracy = (answers == codes)[hidden].float().mean().item()
+    shares, perplexity = code_shares(codes[hidden], tokens)
+    majority = shares.max().item()
+    metrics = {"beit/masked_accuracy": accuracy, "beit/majority": majority}
+    metrics |= {"beit/codebook_perplexity": perplexity}
+    for name, value in collapse_metrics(features, center=True).items():
+        metrics[f"monitor/{name}"] = value
+
+    problems = {}
+    if accuracy <= majority + 3 * math.sqrt(majority * (1 - majority) / hidden.sum()):  # standard errors
+        problems["no better than always the most frequent code; lower --lr"] = "beit/masked_accuracy"
+    if perplexity < 2:
+        problems["perplexity 1: one code is in use; train another tokenizer"] = "beit/codebook_perplexity"
+    return metrics, problems
+
+
+# --- Training -----------------------------------------------------------------------------------------------
+def train(args: Args) -> dict:
+    """Pretrain in the run folder, the tokenizer first, from their checkpoints; returns the last metrics."""
+    most = dict.fromkeys(("min_scale", "color_jitter", "mask_ratio", "drop_path"), 1)
+    check_flags(args, may_be_zero="color_jitter kl_weight drop_path", at_most=most)
+    if args.image_size % args.patch_size:
+        sys.exit(f"--image-size {args.image_size}: give a multiple of --patch-size {args.patch_size}")
+    side = args.image_size // args.patch_size
+    hidden = round(args.mask_ratio * side**2)
+    if not 2 * args.min_block <= hidden < side**2:
+        words = f"{hidden} of {side**2} patches to hide, must be twice --min-block {args.min_block}, not all"
+        sys.exit(f"--mask-ratio {args.mask_ratio}: {words}")
+    processes = rank, world, device, amp = start_processes(args.device, args.amp)
+    crop = random_crop(args.image_size, args.min_scale)
+    blocks = partial(mask_view, grid=(side, side), num_masked=hidden, min_block=args.min_block)
+    shortest = args.image_size / (0.75 * args.min_scale) ** 0.5  # even a crop of 3 : 4 is not enlarged
+    data = Images(args, (crop, blocks), shortest)
+    micro = images_per_pass(args, len(data.items), world)
+
+    torch.manual_seed(args.seed)
+    width = args.tokenizer_dim
+    tokenizer = DVAE(args.tokens, 2 * width, width, args.tokenizer_layers).to(device)
+    if args.tokenizer:
+        load_encoder(tokenizer.state_dict(), args.tokenizer, {})
+    model = BEiT(args.arch, side, args.patch_size, args.tokens, args.layer_scale, args.drop_path).to(device)
+    left_out = ("lm_head", "mask_token", "rel_pos_bias.relative_position_index")
+    encoder = {k: v for k, v in model.state_dict().items() if not k.startswith(left_out)}
+    dim, depth, heads = VITS[args.arch]
+    shape = {"img_size": args.image_size, "patch_size": args.patch_size, "num_classes": 0}
+    shape |= {"embed_dim": dim, "depth": depth, "num_heads": heads, "init_values": args.layer_scale}
+    shape |= {"global_pool": "token", "use_abs_pos_emb": False, "use_shared_rel_pos_bias": True}
+    facts = {"builder": "timm.Beit", "arch_args": shape, "feature_dim": dim}  # for backbone.pt
+    if args.init:
+        load_encoder(encoder, args.init, shape)
+
+    plain = [p for name, p in model.named_parameters() if p.ndim < 2 or name == "cls_token"]
+    decayed = [p for name, p in model.named_parameters() if p.ndim > 1 and name != "cls_token"]
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}]
+    groups += [{"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, args.lr, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    run = open_run(args, "beit", parts, len(data.items), amp)  # loads its checkpoint into the parts
+    if args.epochs and not args.tokenizer:
+        train_tokenizer(args, tokenizer, run.folder / "tokenizer", data, micro, processes)
+    tokenizer.requires_grad_(False)
+    return train_beit(args, tokenizer, run, encoder, facts, data, micro, processes)
+
+
+def train_tokenizer(args, tokenizer, folder, data, micro, processes):
+    """First stage: the tokenizer, in this folder, from its checkpoint if it has one."""
+    rank, world, device, amp = processes
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), args.tokenizer_lr, weight_decay=1e-4, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+
+    parts = {"model": tokenizer, "optimizer": optimizer, "scaler": scaler}
+    run = open_run(replace(args, run_dir=str(folder)), "dvae", parts, len(data.items), amp)
+    step = run.step
+    total = args.tokenizer_epochs * run.per_epoch
+    facts = {"builder": "beit.DVAE", "arch_args": {}, "feature_dim": 2 * args.tokenizer_dim}
+    net = nn.parallel.DistributedDataParallel(tokenizer) if world > 1 else tokenizer
+
+    keys = data.batches(args.batch_size, step, args.tokenizer_epochs, rank, world)
+    workers = {"num_workers": args.workers, "worker_init_fn": ignore_signals}
+    loader = DataLoader(data, batch_sampler=keys, pin_memory=device.type == "cuda", **workers)
+    side = args.image_size // args.patch_size
+    size = side * 2**args.tokenizer_layers
+
+    with guarded(run, total, last=False) as signals:
+        for crops, _, _ in loader:
+            lr = cosine_schedule(step, total, 0, args.tokenizer_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            # cold after 0.3 of the steps, or the shares and not the codes carry the image
+            temperature = cosine_schedule(min(step / total, 0.3), 0.3, 0, 1.0, 1 / 16)
+            kl_weight = args.kl_weight * min(1.0, 10 * step / total)
+
+            generator = seeded(3, args.seed, step)  # 1: crops and masks, 2: order of the images
+            u = torch.rand(args.batch_size, 3, generator=generator).chunk(world)[rank]
+            order = torch.randperm(3, generator=generator).tolist()
+            seeds = torch.randint(2**62, (args.batch_size,), generator=generator).chunk(world)[rank]
+            crops, u = (rows.to(device, non_blocking=True) for rows in (crops, u))
+            pixels = jitter_colors(crops, u, order, args.color_jitter)
+            pixels = 2 * F.interpolate(pixels, (size, size), mode="bilinear", antialias=True) - 1
+            chunks = [*zip(pixels.split(micro), seeds.split(micro), strict=True)]
+
+            optimizer.zero_grad()
+            loss = 0.0
+            for i, (images, image_seeds) in enumerate(chunks):
+                net.require_backward_grad_sync = i == len(chunks) - 1  # DDP's mean, once a step
+                noise = gumbel_noise(image_seeds, (args.tokens, side, side), device)
+                with torch.autocast(device.type, amp, enabled=amp is not None):
+                    logits, painted = net(images, noise, temperature)
+                total_loss, error, kl = dvae_loss(logits, painted, images, kl_weight)
+                part = total_loss / len(chunks)  # chunks are of one size
+                scaler.scale(part).backward()
+                loss = loss + part.detach()
+
+            step += 1
+            run.bar.update()
+            at_log = step == 1 or step % args.log_every == 0 or step == total
+            scaler.unscale_(optimizer)
+            if at_log or signals:  # only here does a step wait for the device, float16's scaler apart
+                loss = gather(loss[None]).mean()
+                grad_norm = torch.stack([p.grad.norm() for p in tokenizer.parameters()]).norm()
+                check_finite(step, loss, grad_norm, scaler)
+            scaler.step(optimizer)
+            scaler.update()
+
+            saves = at_log and time.monotonic() >= run.save_at
+            if at_log:  # error, KL and codes: of the last chunk
+                metrics = {"train/loss": loss.item(), "train/lr": lr, "train/grad_norm": grad_norm.item()}
+                error, kl = gather(torch.stack([error, kl]).detach()[None]).mean(dim=0)
+                found, problems = tokenizer_monitor(gather(logits.argmax(dim=1)), args.tokens, error, kl)
+                log_metrics(run, step, metrics | found, problems, int(0.3 * total))
+
+            if rank == 0 and (saves or step in (1, total)):
+                rows = torch.cat([images[:8], painted.detach()[:8]]) / 2 + 0.5
+                torchvision.utils.save_image(rows, run.folder / "painted.png", nrow=len(rows) // 2)
+            if saves:
+                save_run(run, step, tokenizer.state_dict(), **facts)
+            if signals:
+                break
+
+        save_run(run, step, tokenizer.state_dict(), **facts)
+
+
+def train_beit(args, tokenizer, run, encoder, facts, data, micro, processes):
+    """Second stage: the run's model, with the tokenizer's codes as targets; returns the last metrics."""
+    rank, world, device, amp = processes
+    model, optimizer, scaler = run.parts.values()
+    step = run.step
+    total = args.epochs * run.per_epoch
+    warmup = min(total, round(args.warmup_epochs * run.per_epoch))
+    alarm_from = max(warmup, min(500, total // 5))
+    if args.compile:
+        model.compile()
+    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+
+    keys = data.batches(args.batch_size, step, args.epochs, rank, world)
+    workers = {"num_workers": args.workers, "worker_init_fn": ignore_signals}
+    loader = DataLoader(data, batch_sampler=keys, pin_memory=device.type == "cuda", **workers)
+    mean, std = (torch.tensor(numbers, device=device).view(3, 1, 1) for numbers in (MEAN, STD))
+    size = args.image_size // args.patch_size * 2**args.tokenizer_layers
+    if rank == 0:
+        print(f"{args.arch}, {amp}, {world} x {device}, effective learning rate {args.lr:g}, {total} steps")
+
+    with guarded(run, total) as signals:  # torchrun: none; adds run.bar, save_at
+        for crops, masks, _ in loader:  # all epochs that are left
+            lr = cosine_schedule(step, total, warmup, args.lr, args.lr / 150)  # the official 1e-5 of 1.5e-3
+            if step < warmup:  # in the official code the line is at its end one step earlier
+                lr *= warmup / max(1, warmup - 1)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            generator = seeded(3, args.seed, step)
+            u = torch.rand(args.batch_size, 3, generator=generator).chunk(world)[rank]
+            order = torch.randperm(3, generator=generator).tolist()
+            crops, u, masks = (rows.to(device, non_blocking=True) for rows in (crops, u, masks))
+            pixels = jitter_colors(crops, u, order, args.color_jitter)
+            if step == 0 and rank == 0:
+                torchvision.utils.save_image(pixels[:32], run.folder / "views.png")
+            hidden = gather(masks.sum()[None]).sum()  # patches, of all processes
+            chunks = [*zip(pixels.split(micro), masks.split(micro), strict=True)]
+            torch.manual_seed(seeded(4, args.seed, step, rank).initial_seed())  # of stochastic depth
+
+            optimizer.zero_grad()
+            loss = 0.0
+            for i, (images, mask) in enumerate(chunks):
+                net.require_backward_grad_sync = i == len(chunks) - 1  # DDP's mean, once a step
+                reduced = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+                codes = tokenizer.encoder(2 * reduced - 1).argmax(dim=1)
+                with torch.autocast(device.type, amp, enabled=amp is not None):
+                    logits, tokens = net((images - mean) / std, mask, return_tokens=True)
+                part = beit_loss(logits, codes[mask], hidden / world)
+                scaler.scale(part).backward()
+                loss = loss + part.detach()
+
+            step += 1
+            run.bar.update()
+            at_log = step == 1 or step % args.log_every == 0 or step == total
+            scaler.unscale_(optimizer)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 3.0)
+            if at_log or signals:
+                loss = gather(loss[None]).mean()
+                check_finite(step, loss, grad_norm, scaler)
+            scaler.step(optimizer)
+            scaler.update()
+
+            if at_log:  # codes, answers and features: of the last chunk
+                metrics = {"train/loss": loss.item(), "train/lr": lr, "train/grad_norm": grad_norm.item()}
+                answers = torch.full_like(codes, -1).masked_scatter(mask, logits.argmax(dim=1))
+                features = gather(tokens.detach()[:, 1:].mean(dim=1))
+                found, problems = monitor(gather(codes), gather(answers), args.tokens, features)
+                log_metrics(run, step, metrics | found, problems, alarm_from)
+            if at_log and time.monotonic() >= run.save_at:
+                save_run(run, step, encoder, **facts)
+            if signals:
+                break
+
+        save_run(run, step, encoder, **facts)
+    return run.recent[-1] if run.recent else {}
+
+
+# --- Plumbing -----------------------------------------------------------------------------------------------
+THINGS = (0x183C7EFFFF7E6666, 0x183C7E3C7EFF1818, 0x3C2CFFFFFF6600, 0x101814161EFF7E3C, 0x81C3FF99FF7E3C18)
+THINGS += (0x3C7EFFFF18181C3C, 0xFCFEFEFCFC7800, 0x1C22221C08180C08, 0x60FC67EFE7C1018, 0x185A3C185ADB7E18)
+IMAGE_ENDINGS = (b".jpg", b".jpeg", b".png", b".bmp", b".webp", b".tif", b".tiff")
+TESTS = ("val", "valid", "validation", "test", "testing")
+NOT_TRAINING = ("workers", "device", "compile", "run_dir", "log_every", "save_minutes")
+
+
+def demo_image(index):
+    """Photo `index` of a small world, 48 x 48, and its class: one of ten THINGS, from a house to a flower."""
+    rng = random.Random(index)
+    label, scale, light = rng.randrange(10), rng.uniform(0.35, 0.9), rng.uniform(0.35, 1.0)
+    thing = Image.frombytes("1", (8, 8), THINGS[label].to_bytes(8, "big")).convert("L")
+    thing = thing.resize((round(48 * scale),) * 2, Image.BICUBIC)
+    thing = thing.rotate(rng.uniform(-25, 25), Image.BICUBIC, expand=True)
+    corner = tuple(rng.randint(*sorted((0, 48 - side))) for side in thing.size)
+    image = Image.new("RGB", (48, 48), (180, 205, 235))
+    image.paste(((140, 70, 50), (50, 105, 60), (95, 75, 150))[label % 3], corner, thing)
+    image = Image.blend(Image.new("RGB", (48, 48)), image, light)
+    noise = Image.frombytes("L", (48, 48), rng.randbytes(48 * 48)).convert("RGB")
+    return Image.blend(image, noise, 0.25), label
+
+
+def image_paths(folder):
+    """Paths of the images below a folder, sorted: an array of bytes, which workers share, with room for any
+    name. Hidden (.thumbnails, ._IMG.jpg, @eaDir) is no photo; links are followed where nothing else leads."""
+    files, entered, waiting, hidden = [], set(), [os.fsencode(folder)], (b".", b"@", b"__MACOSX")
+    while waiting:  # first without links
+        for at, folders, names in os.walk(waiting.pop(0)):
+            if os.path.realpath(at) in entered:
+                folders.clear()
+                continue
+            entered.add(os.path.realpath(at))
+            folders[:] = sorted(name for name in folders if not name.startswith(hidden))
+            waiting += [link for name in folders if os.path.islink(link := os.path.join(at, name))]
+            files += [os.path.join(at, name) for name in names if not name.startswith(hidden)]
+
+    images = [file for file in files if file.lower().endswith(IMAGE_ENDINGS)]
+    if not images:
+        found = b" ".join(sorted({os.path.splitext(file)[1] for file in files})).decode(errors="replace")
+        readable = b" ".join(IMAGE_ENDINGS).decode()
+        words = "no images found" if os.path.isdir(folder) else "there is no such folder"
+        sys.exit(f"--data {folder}: {words}; reads {readable}, found {found or 'nothing'}")
+    return np.array(sorted(images))
+
+
+def stretched(image):
+    """A picture of one deep band -> 8 bits: what is finite and not nodata, from its .1 to 99.9 percentile."""
+    values = np.asarray(image, dtype=np.float64)
+    nodata = float(getattr(image, "tag_v2", {}).get(42113, -9999))  # GDAL's tag, and the custom
+    valid = np.isfinite(values) & ~np.isclose(values, nodata, rtol=1e-6, atol=0)
+    low, high = np.percentile(values[valid], (0.1, 99.9)) if valid.any() else (0, 0)
+    if low == high and valid.any():
+        low, high = values[valid].min(), values[valid].max()
+    if low == high:
+        return Image.new("L", image.size, 128)
+    values = np.where(valid, values, low).clip(low, high)
+    return Image.fromarray(np.uint8((values - low) / (high - low) * 255 + 0.5))
+
+
+def read_image(file, shortest):
+    """Any photo, a path or an open file, as upright 8-bit RGB, on white where it is transparent. A large JPEG
+    is decoded smaller, no side below `shortest` pixels. Uses stretched."""
+    if not hasattr(file, "read"):
+        with open(file, "rb") as opened:  # by its path a raw TIFF would be mapped, and turned wrongly
+            return read_image(opened, shortest)
+    Image.MAX_IMAGE_PIXELS = None  # phones make 200 megapixels
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # of a broken file we say more
+    image = Image.open(file)
+    if image.width * image.height > 2**28:
+        raise ValueError(f"claims to have {image.width} x {image.height} pixels")
+    image.draft(None, (math.ceil(shortest),) * 2)
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+
+    if image.mode[0] in "IF":
+        image = stretched(image)
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def seeded(*integers):
+    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step, 4 layers), seed, number; no strings,
+    whose hash differs between processes. So workers, processes and a resume change nothing."""
+    return torch.Generator().manual_seed(hash(integers) % 2**63)
+
+
+def ignore_signals(worker):
+    """In a worker: the training process gets them too, and ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def open_data(data):
+    """What --data names, to be indexed: pairs (image, label), rows of Arrow {"image": ...}, or paths."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if data == "demo":
+        return [demo_image(index) for index in range(4096)]
+    if os.path.isdir(data) and {"dataset_info.json", "dataset_dict.json"} & {*os.listdir(data)}:
+        try:
+            import datasets  # Hugging Face's; its files are mapped, workers copy nothing
+
+            rows = datasets.load_from_disk(data)
+            rows = rows["train"] if isinstance(rows, dict) else rows
+            return rows.select_columns("image").cast_column("image", datasets.Image(decode=False))
+        except Exception as error:
+            sys.exit(f"--data {data}: needs `pip install datasets`, a column image, a split train ({error})")
+
+    if os.path.isdir(data):
+        paths, names = image_paths(data), os.listdir(data)
+        has_train = {"train", "training"} & {name.lower() for name in names}
+        for name in [name for name in names if has_train and name.lower() in TESTS]:
+            is_test = np.char.startswith(paths, os.fsencode(os.path.join(data, name, "")))
+            paths = paths[~is_test]
+            if rank == 0:
+                print(f"{is_test.sum()} images in {os.path.join(data, name)} are left out")
+        return paths
+
+    if rank > 0:
+        dist.barrier()  # process 0 downloads, then the others read
+    try:
+        pairs = getattr(torchvision.datasets, data)("data", download=True)
+    except Exception as error:
+        words = f"no such folder, no download by torchvision ({' '.join(str(error).split())})"
+        sys.exit(f"--data {data}: {words}; give a folder, or demo")
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
+    return pairs
+
+
+class Images(Dataset):
+    """Images of --data; item epoch x n + index is (*views, index), random by that key alone: what functions
+    `views` make of a uint8 image (3, H, W), read with at least `shortest` pixels a side."""
+
+    def __init__(self, args, views, shortest):
+        self.args, self.views, self.shortest = args, views, shortest
+        self.items, self.broken = open_data(args.data), set()
+
+    def __getitem__(self, key):
+        for number in range(key, key + 100):
+            index = number % len(self.items)
+            name = f"{self.args.data}[{index}]"
+            try:
+                item = self.items[index]
+                if isinstance(item, bytes):
+                    name = item.decode(errors="backslashreplace")
+                    image = read_image(item, self.shortest)
+                elif isinstance(item, dict):
+                    image = read_image(io.BytesIO(item["image"]["bytes"]), self.shortest)
+                else:
+                    image = item[0].convert("RGB")
+                torch.default_generator.manual_seed(seeded(1, self.args.seed, key).initial_seed())
+                pixels = v2.functional.pil_to_tensor(image)  # resizes 3 x as fast as PIL, alike to 2 of 255
+                return *(view(pixels) for view in self.views), index
+            except Exception as error:  # whatever a decoder raises
+                if index not in self.broken:
+                    words = str(error).partition(" <")[0]  # without the name of Pillow's object
+                    tqdm.write(f"{name} cannot be read, the next takes its place: {words}", sys.stderr)
+                self.broken.add(index)
+        raise OSError(f"--data: 100 files in a row cannot be read, the last is {name}")
+
+    def batches(self, batch_size, step, epochs, rank, world):
+        """Keys of this process's slice of each global batch from `step` on; an epoch drops its rest."""
+        n, per_epoch = len(self.items), len(self.items) // batch_size
+        for epoch in range(step // per_epoch, epochs):
+            keys = epoch * n + torch.randperm(n, generator=seeded(2, self.args.seed, epoch))
+            for batch in keys.split(batch_size)[step % per_epoch : per_epoch]:
+                yield batch.chunk(world)[rank].tolist()
+            step = 0
+
+
+def check_flags(args, may_be_zero, at_most):
+    """SystemExit unless all numbers are above 0, or 0 if named in may_be_zero, and at most at_most[name]."""
+    may_be_zero += " epochs micro_batch_size weight_decay warmup_epochs workers seed save_minutes"
+    for name, value in asdict(args).items():
+        for number in value if isinstance(value, tuple) else [value]:
+            least, most = 0 if name in may_be_zero.split() else 1e-12, at_most.get(name, 2**63 - 1)
+            if type(number) in (int, float) and not least <= number <= most:
+                allowed = f"{'above' if least else 'at least'} 0 and at most {most}"
+                sys.exit(f"--{name.replace('_', '-')} {value}: must be {allowed}")
+
+
+def images_per_pass(args, images, world):
+    """By --micro-batch-size; SystemExit unless processes share the batch, and passes a process's, evenly."""
+    if not 2 * world <= args.batch_size <= images or args.batch_size % world:
+        allowed = f"give a multiple of {world}, from {2 * world} to {images}, the images in {args.data}"
+        sys.exit(f"--batch-size {args.batch_size}: {allowed}")
+    share = args.batch_size // world
+    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    micro = getattr(args, "micro_batch_size", 0) or share
+    if micro not in sizes:
+        sys.exit(f"--micro-batch-size {micro}: give what divides the {share} of a process: {sizes}")
+    return micro
+
+
+def start_processes(device, amp):
+    """From torchrun's environment: rank, number of processes, device, autocast type (None: float32)."""
+    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if world > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        sys.exit(f"WORLD_SIZE is {world}, without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: use torchrun")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            sys.exit(f"--device cuda: no GPU for process {local} of this machine; use --device cpu")
+        torch.cuda.set_device(local)
+    if world > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+
+    if amp == "auto" and device == "cuda":
+        amp = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+    return rank, max(world, 1), torch.device(device, local if device == "cuda" else 0), dtype
+
+
 def gather(rows):
     """Rows (B, ...) of this process -> of all, by rank; with gradient, the sum of what all processes send."""
     if not dist.is_initialized():
@@ -361,18 +777,23 @@ def gather(rows):
     return gathered
 
 
+def cosine_schedule(step, total, warmup, base, final=0.0):
+    """From 0 in a straight line to base at step `warmup`, then in half a cosine to final at step `total`."""
+    if step < warmup:
+        return base * step / warmup
+    return final + (base - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup or 1)))
+
+
 @torch.no_grad()
 def collapse_metrics(features, center=False):
-    """How much room features (B, D) take, of all processes together (all must call it). Uses gather.
-    feature_std: sqrt(D) x mean std of rows of length 1; 1 isotropic, 0 all alike. spread: 1 - |mean row|^2.
-    effective_rank: RankMe (arXiv 2210.02885), directions in use of min(rows, D); center departs, for h."""
-    z = gather(features.detach().float())
-    z = (z.cpu() if z.is_mps else z).double()
+    """How much room the first 2,048 rows of features (B, D) take. feature_std: sqrt(D) x mean std of rows of
+    length 1; 1 isotropic, 0 all alike. spread: 1 - |mean row|^2. effective_rank: RankMe (arXiv 2210.02885),
+    directions in use of min(rows, D); center: of rows less their mean, as RankMe does not."""
+    z = features[:2048].double()
     unit = F.normalize(z, dim=1)
-    std, spread = (
-        z.shape[1] ** 0.5 * unit.std(dim=0, correction=min(1, len(unit) - 1)).mean(),
-        1 - unit.mean(dim=0).square().sum(),
-    )
+    std = z.shape[1] ** 0.5 * unit.std(dim=0, correction=min(1, len(unit) - 1)).mean()
+    spread = 1 - unit.mean(dim=0).square().sum()
+
     centered = z - z.mean(dim=0) if center else z
     rank = torch.ones(())  # of nearly constant rows, whose rounding noise would have a high one
     if centered.norm() > 1e-3 * z.norm():
@@ -383,585 +804,171 @@ def collapse_metrics(features, center=False):
     return {"feature_std": std.item(), "spread": spread.item(), "effective_rank": rank.item()}
 
 
-def code_metrics(counts):
-    """Of counts (K,) of codes: perplexity exp(H), H in nats, codes in use, share of the most frequent one."""
-    share = counts / counts.sum().clamp(min=1)
-    entropy = -(share * share.clamp(min=1e-12).log()).sum()
-    values = torch.stack([entropy.exp(), entropy, (counts > 0).sum(), share.max()]).tolist()
-    return dict(zip(("perplexity", "entropy", "active", "majority"), values, strict=True))
+def open_run(args, method, parts, images, amp):
+    """The run: its folder and what a checkpoint there holds, which goes into the parts, too. SystemExit if it
+    is a run of other flags, another number of images or autocast type."""
+    flags = asdict(args) | {"data": os.path.normpath(args.data)}  # photos/ is photos
+    flags = {name: value for name, value in flags.items() if name not in NOT_TRAINING}
+    changed = {name: value for name, value in flags.items() if value != getattr(type(args), name)}
+    mark = "-" + hashlib.sha1(json.dumps(changed).encode()).hexdigest()[:8] if changed else ""
+    folder = Path(args.run_dir or f"runs/{method}{mark}")
+    record = json.loads(json.dumps({"method": method} | flags | {"images": images, "autocast": str(amp)}))
+    anew = f"to begin anew delete {folder}, or give another --run-dir"
+    state = {"step": 0, "logged": 0, "recent": [], "first": {}, "streak": 0, "alarm": 0.0, "words": ""}
+    try:
+        held = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else record
+        differ = [name for name in record if held.get(name) != record[name]]
+        if differ:
+            words = ", ".join(f"{name} {held.get(name)}, not {record[name]}" for name in differ)
+            hint = f" and --init {folder}/backbone.pt" * ({*differ} <= {"epochs", "images"})
+            sys.exit(f"{folder} holds a run with {words}: {anew}{hint}")
+        if (folder / "checkpoint.pt").exists():
+            saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            state = {name: saved[name] for name in state}
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+
+        run = SimpleNamespace(folder=folder, args=args, method=method, parts=parts, kept=[*state], **state)
+        run.rank = dist.get_rank() if dist.is_initialized() else 0
+        run.per_epoch = images // args.batch_size
+        if run.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "args.json").exists():
+                temporary = folder / f"args.json.{os.getpid()}.tmp"  # others may read it now
+                temporary.write_text(json.dumps(record | {"torch": torch.__version__}, indent=1))
+                os.replace(temporary, folder / "args.json")
+            with open(folder / "metrics.jsonl", "a") as log:
+                log.truncate(min(log.tell(), run.logged))  # what came after the checkpoint is done again
+            print(f"{images} images in {args.data}. Run folder {folder}, step {run.step}")
+        return run
+    except Exception as error:  # of the disk, or of a damaged file
+        words = " ".join(str(error).split())[:150]
+        sys.exit(f"{folder}: args.json or checkpoint.pt is damaged, or the disk is full: {words}: {anew}")
 
 
-def page(columns):
-    """{title: pictures (n, 3, H, W)} -> uint8 page (3, H, W) of up to 8 rows, a title above each column."""
-    columns = {title: x.float().cpu()[:8].clamp(0, 1) for title, x in columns.items()}
-    pixels = torch.stack([*columns.values()], dim=1).flatten(0, 1)
-    pixels = F.interpolate(pixels, scale_factor=math.ceil(96 / pixels.shape[3]))  # room for the words
-    grid = torchvision.utils.make_grid(pixels, nrow=len(columns), padding=4, pad_value=1)
-    image = ImageOps.expand(v2.functional.to_pil_image(grid), (0, 30, 0, 0), "white")
-    for i, title in enumerate(columns):
-        ImageDraw.Draw(image).text((4 + i * (pixels.shape[3] + 4), 0), title, fill="black")
-    return v2.functional.pil_to_tensor(image)
+def load_encoder(encoder, path, arch_args):
+    """Start the encoder {name: tensor} from a backbone.pt (--init); all of it has to fit."""
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+        weights, heads = held["state_dict"], arch_args.get("num_heads")  # which no shape shows
+        alike = {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in encoder.items()}
+        if not alike or held.get("arch_args", {}).get("num_heads", heads) != heads:
+            raise ValueError("its weights are not those of this encoder")
+    except Exception as error:  # no such file, no backbone.pt
+        sys.exit(f"--init {path}: {' '.join(str(error).split())[:200]}; convert.py makes a backbone.pt")
+    for name, tensor in encoder.items():
+        tensor.copy_(weights[name])
 
 
-def collapse_alarm(state, step, armed_after, problems):
-    """1.0 from the third log point in a row with a problem, {words: holds}, printed once, to the third
-    without; counts after step armed_after. state: {} at first, kept in the checkpoint."""
-    if step > armed_after:
-        last = state["last"] = [*state.get("last", ()), any(problems.values())][-3:]
-        if last == [True] * 3 and not state.get("rings"):
-            tqdm.write(f"COLLAPSE at step {step}: " + " | ".join(w for w in problems if problems[w]))
-        state["rings"] = last == [True] * 3 or (state.get("rings", False) and last != [False] * 3)
-    return float(state.get("rings", False))
+@contextlib.contextmanager
+def guarded(run, total, last=True):
+    """Around the loop. In one process Ctrl-C and SIGTERM go into the list it yields, so that it ends after
+    the step in hand; a second one ends at once. Errors of disk and workers end in one line. last: no loop
+    comes after it."""
+    signals, hook = [], threading.excepthook
+
+    def note(number, frame):
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+
+    alone = not dist.is_initialized() and threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM) if alone}
+    threading.excepthook = lambda _: None  # of TensorBoard, where the disk is full: its next call says so
+    run.since, run.last = time.monotonic(), run.step
+    run.save_at = run.since + 60 * run.args.save_minutes
+    try:
+        writer = SummaryWriter(run.folder, purge_step=run.step + 1) if run.rank == 0 else None
+        writer = writer or contextlib.nullcontext()
+        with tqdm(total=total, initial=run.step, disable=run.rank > 0) as run.bar, writer as run.board:
+            yield signals
+    except (KeyboardInterrupt, OSError) as error:
+        traceback.clear_frames(error.__traceback__)  # or the loader lives on and waits for its workers
+        words = (str(error) or "interrupted").splitlines()[-1]
+        sys.exit(f"{words}; the same command goes on from the last checkpoint")
+    finally:
+        threading.excepthook = hook
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    if signals:
+        sys.exit(f"stopped after step {run.step}, saved; the same command goes on")
+    if run.rank == 0:
+        print(f"{run.folder}/backbone.pt: {run.words}")
+    if last and dist.is_initialized():
+        dist.barrier()  # in torch 2.4 gloo may wait for ever in the next line
+        dist.destroy_process_group()
 
 
-# --- Plumbing -----------------------------------------------------------------------------------------------
-WORLD = dict(house=0x183C7EFFFF7E6666, tree=0x183C7E3C7EFF1818, car=0x3C2CFFFFFF6600, boat=0x101814161EFF7E3C)
-WORLD |= dict(cat=0x81C3FF99FF7E3C18, mushroom=0x3C7EFFFF18181C3C, cup=0x00FCFEFEFCFC7800)
-WORLD |= dict(key=0x1C22221C08180C08, bird=0x060FC67EFE7C1018, flower=0x185A3C185ADB7E18)  # 8 x 8 bitmaps
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-NOT_TRAINING = "workers device compile run_dir restart log_every checkpoint_every picture_every".split()
+def check_finite(step, loss, grad_norm, scaler):
+    """SystemExit if the loss, or the gradient of a step that float16 would not skip, is absurd."""
+    skips = scaler.is_enabled() and scaler.get_scale() > 1
+    if not (loss if skips else loss + grad_norm) < 1e9:
+        remedy = "lower the learning rate; or are the images of a batch all alike, black?"
+        sys.exit(f"step {step}: loss {loss:g}, gradient {grad_norm:g}; {remedy}")
 
 
-def demo_image(index):
-    """Photo `index` of a small built-in world: 48 x 48 RGB, its class 0..9, its caption."""
-    rng = random.Random(index)
-    label, scale, light = rng.randrange(10), rng.uniform(0.35, 0.9), rng.uniform(0.35, 1.0)
-    name, bitmap = list(WORLD.items())[label]
-    thing = Image.frombytes("1", (8, 8), bitmap.to_bytes(8, "big")).convert("L")
-    thing = thing.resize((round(48 * scale),) * 2, Image.BICUBIC)
-    thing = thing.rotate(rng.uniform(-25, 25), Image.BICUBIC, expand=True)
-    x, y = (rng.randint(*sorted((0, 48 - side))) for side in thing.size)
-    image = Image.new("RGB", (48, 48), (180, 205, 235))
-    image.paste(((140, 70, 50), (50, 105, 60), (95, 75, 150))[label % 3], (x, y), thing)
-    image = Image.blend(Image.new("RGB", (48, 48)), image, light)
-    noise = Image.frombytes("L", (48, 48), rng.randbytes(48 * 48)).convert("RGB")
-    size, side = "big" if scale > 0.625 else "small", "left" if x + thing.width / 2 < 24 else "right"
-    caption = f"a {size} {name} on the {side} {'by day' if light > 0.675 else 'at dusk'}"
-    return Image.blend(image, noise, 0.25), label, caption
+def log_metrics(run, step, metrics, problems, alarm_from):
+    """Metrics {tag: value} to metrics.jsonl, TensorBoard and the bar. The alarm rings from the third time in
+    a row, after step alarm_from, with a problem {words: tag} whose metric is hardly better than ten times
+    ago, to the third without."""
+    before = run.recent[0] if run.recent else metrics
+    better = {tag: metrics[tag] > before[tag] + 0.01 + 0.1 * abs(before[tag]) for tag in problems.values()}
+    lasting = [words for words, tag in problems.items() if not better[tag]]
+    if step > alarm_from:
+        run.streak = max(run.streak, 0) + 1 if lasting else min(run.streak, 0) - 1
+    if run.streak == 3 and not run.alarm and run.rank == 0:
+        tqdm.write(f"COLLAPSE at step {step}: {' | '.join(lasting)}")
+    if abs(run.streak) >= 3:
+        run.alarm = float(run.streak > 0)
+    metrics["monitor/alarm"] = run.alarm
+    now, seen = time.monotonic(), run.args.batch_size * (step - run.last)
+    metrics["perf/images_per_second"] = seen / (now - run.since)
 
-
-def read_image(path, image_size, min_scale):
-    """Any photo as upright 8-bit RGB. A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size if even then the
-    smallest crop (min_scale of the area, aspect 3/4) has image_size pixels a side."""
-    Image.MAX_IMAGE_PIXELS = None  # phones make 200 megapixels
-    with open(path, "rb") as file:  # by its path a raw TIFF would be mapped into memory, and turned wrongly
-        image = Image.open(file)
-        shrink = max(1, min(*image.size, math.sqrt(0.75 * min_scale * math.prod(image.size))) / image_size)
-        image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda value: value / 257)  # 16 bits, which convert() would clip
-    return image.convert("RGB")
-
-
-class Images(Dataset):
-    """Images of --data, no labels: item epoch x len + index is a list of views, random by that key alone."""
-
-    def __init__(self, data, views, seed, image_size, min_scale, rank):
-        self.views, self.seed, self.reading, ignored = views, seed, (image_size, min_scale), 0
-        if data == "demo":
-            self.items = [demo_image(index) for index in range(4096)]
-        elif os.path.isdir(data):
-            root = os.path.join(data, "train" if os.path.isdir(os.path.join(data, "train")) else "")
-            walk = os.walk(root, followlinks=True)
-            files = sorted(os.path.join(at, name) for at, _, names in walk for name in names)
-            self.items = [file for file in files if file.lower().endswith(IMAGE_ENDINGS)]
-            ignored = len(files) - len(self.items)
-        else:
-            if rank:
-                dist.barrier()  # the first process downloads, then the others read
-            try:
-                self.items = getattr(torchvision.datasets, data)("data", download=True)
-            except Exception as error:  # no such name, no network
-                raise SystemExit(f"--data {data}: no folder, no download ({error}). Give a folder, or demo")
-            if dist.is_initialized() and not rank:
-                dist.barrier()
-        self.found = f"{len(self.items)} images in {data}, {ignored} other files ignored"
-
-    def __getitem__(self, key):
-        for number in range(key, key + 100):
-            item = index = number % len(self.items)
-            try:
-                item = self.items[index]
-                image = read_image(item, *self.reading) if isinstance(item, str) else item[0].convert("RGB")
-                torch.default_generator.manual_seed(hash((self.seed, 1, key)) % 2**32)
-                pixels = v2.functional.pil_to_tensor(image)  # resizes 3 x as fast as PIL, alike to 2 of 255
-                return self.sample(index, pixels)
-            except Exception as error:  # whatever a decoder raises
-                warnings.warn(f"{item} cannot be read, the next one takes its place: {error}", stacklevel=2)
-        raise OSError(f"--data: 100 files in a row cannot be read, the last is {item}")
-
-    def sample(self, index, pixels):
-        return [view(pixels) for view in self.views]
-
-    def batches(self, batch_size, step, epochs, rank, world):
-        """Keys of this process's slice of each global batch from `step` on, dropping an epoch's rest."""
-        n = len(self.items)
-        start, skip = divmod(step, n // batch_size)
-        for epoch in range(start, epochs):
-            shuffle = torch.Generator().manual_seed(hash((self.seed, 2, epoch)) % 2**32)
-            for batch in torch.randperm(n, generator=shuffle).split(batch_size)[skip : n // batch_size]:
-                yield (epoch * n + batch.chunk(world)[rank]).tolist()
-            skip = 0
-
-
-def check_flags(args, may_be_zero, **at_most):
-    """SystemExit unless all numbers are above 0, or 0 if in may_be_zero, and at most at_most[name]."""
-    for name, value in asdict(args).items():
-        least, limit = 0 if name in may_be_zero else 1e-12, 2**63 - 1 if name == "seed" else 1e99
-        most = at_most.get(name, limit)
-        numbers = [x for x in (value if isinstance(value, tuple) else [value]) if type(x) in (int, float)]
-        if not all(least <= number <= most for number in numbers):
-            allowed = ("above 0" if least else "0 or more") + (f", at most {most}" if most < 1e99 else "")
-            raise SystemExit(f"--{name.replace('_', '-')} {value}: must be {allowed}")
-
-
-def start_processes(device, amp):
-    """From torchrun's environment: rank, number of processes, device, autocast type (None: float32)."""
-    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    mps = torch.backends.mps.is_available() and world < 2  # gloo cannot gather its tensors
-    here = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
-    kind = next(kind for kind in here if here[kind]) if device == "auto" else device
-    if not here[kind]:
-        raise SystemExit(f"--device {kind}: PyTorch finds none on this machine; use --device auto")
-    if kind == "cuda":
-        if local >= torch.cuda.device_count():
-            raise SystemExit(f"process {local + 1} of this machine has no GPU; lower --nproc-per-node")
-        torch.cuda.set_device(local)
-    if world > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    auto = "off" if kind != "cuda" else "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[auto if amp == "auto" else amp]
-    return rank, max(world, 1), torch.device(kind, local if kind == "cuda" else 0), dtype
-
-
-def cosine_schedule(step, total, warmup, base, final=0.0):
-    """From 0 in a straight line to base at step `warmup`, then in half a cosine to final at step `total`."""
-    if step < warmup:
-        return base * step / warmup
-    return final + (base - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    run.since, run.last = now, step
+    run.first, run.recent = run.first or metrics, [*run.recent, metrics][-10:]
+    own = [tag for tag in metrics if tag.startswith(("train/loss", run.method, "monitor/effective_rank"))]
+    run.words = ", ".join(f"{tag.split('/')[1]} {metrics[tag]:.4g}" for tag in own[:4])
+    run.bar.set_postfix_str(run.words)
+    if run.rank == 0:
+        for tag, value in metrics.items():
+            run.board.add_scalar(tag, value, step)
+        line = {"step": step, "epoch": (step - 1) // run.per_epoch}
+        line |= {tag: value for tag, value in metrics.items() if math.isfinite(value)}
+        with open(run.folder / "metrics.jsonl", "a") as log:
+            log.write(json.dumps(line) + "\n")
 
 
 def save_checkpoint(path, **state):
     """Write tensors and plain dicts in one step: a kill at any moment leaves the old file or the new one."""
-    with open(f"{path}.tmp", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
-
-
-def load_checkpoint(path, method):
-    """What save_checkpoint wrote, on the CPU; SystemExit if it is damaged or another method's."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # of zip, pickle or the disk
-        state = {}
-    if not isinstance(state, dict) or state.get("method") != method:
-        raise SystemExit(f"{path} is damaged, or not of {method}: use another --run-dir, or --restart")
-    return state
-
-
-def load_encoder(model, prefix, path, rank):
-    """Start the encoder, `prefix` in the model, from a backbone.pt (--init); SystemExit unless all of it
-    matches. What stays as it was, heads and decoders, is printed."""
-    try:
-        file = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"arch_args", "state_dict"} <= file.keys():
-            raise ValueError("is no backbone.pt; convert.py makes one of published weights")
-        state, given = file["state_dict"], file["arch_args"]
-        given = given.get("num_heads", given.get("heads"))
-        fresh, wrong = model.load_state_dict({prefix + k: v for k, v in state.items()}, strict=False)
-    except Exception as error:  # no such file, no backbone.pt, other shapes
-        raise SystemExit(f"--init {path}: {' '.join(str(error).split())[:300]}")
-    heads = tuple(prefix + part for part in ("fc.", "head.", "decoder_", "mask_token", "lm_head.", "proj"))
-    blocks = getattr(model.get_submodule(prefix.rstrip(".")), "blocks", None)
-    if given and blocks and blocks[0].attn.heads != given:  # of the same shape, and another network
-        wrong += [f"{given} heads"]
-    wrong += [name for name in fresh if name.startswith(prefix) and not name.startswith(heads)]
-    if wrong:
-        raise SystemExit(f"--init {path}: {len(wrong)} do not fit this encoder: {', '.join(wrong[:4])}")
-    if rank == 0:
-        new = {name.removeprefix(prefix).split(".")[0] for name in fresh}
-        print(f"--init {path}: new are {', '.join(sorted(new))}")
-
-
-def export_backbone(folder, method, args, dim, weights, **arch_args):
-    """backbone.pt: the encoder in public names and what its use takes. Uses save_checkpoint, MEAN, STD."""
-    weights = {name: tensor.cpu() for name, tensor in weights.items()}
-    if not all(tensor.isfinite().all() for tensor in weights.values()):  # a skipped float16 step
-        raise SystemExit(f"{folder}: a weight is not finite, nothing is saved; lower the rate, or --amp off")
-    info = {"method": method, "arch": args.arch, "arch_args": arch_args, "image_size": args.image_size}
-    save_checkpoint(folder / "backbone.pt", **info, mean=MEAN, std=STD, feature_dim=dim, state_dict=weights)
-
-
-def restore(parts, checkpoint, folder):
-    """Give each of the parts its state in the checkpoint; SystemExit if one does not fit."""
-    for name in (part for part in parts if checkpoint and checkpoint.get(part) != {}):  # {}: no scaler in use
-        try:
-            parts[name].load_state_dict(checkpoint[name])
-        except (RuntimeError, ValueError, KeyError) as error:  # of another version of the file
-            words = f"{folder}/checkpoint.pt does not fit ({' '.join(str(error).split())[:150]})"
-            raise SystemExit(f"{words}: use another --run-dir, or --restart")
-
-
-def name_images(run, data, batch_size, start, stop, why):
-    """Write down the images of the steps after `start` up to `stop`; returns `why` and in which file."""
-    batches = data.batches(batch_size, start, stop, 0, 1)
-    steps = [(step, key % len(data.items)) for step in range(start + 1, stop + 1) for key in next(batches)]
-    items = data.items if isinstance(data.items[0], str) else range(len(data.items))
-    lines = "".join(f"{step}\t{items[index]}\n" for step, index in steps)
-    try:
-        (run / "not-finite.txt").write_text(lines, errors="surrogateescape")
-    except OSError:  # a full disk must not hide the reason
-        return f"step {stop}: {why}"
-    return f"step {stop}: {why}. {run}/not-finite.txt names the images since step {start}"
-
-
-def open_run(args, method, rank):
-    """The run folder and the checkpoint in it, or {}; SystemExit if it holds another run."""
-    flags = {"method": method} | {k: v for k, v in asdict(args).items() if k not in NOT_TRAINING}
-    changed = {k: v for k, v in flags.items() if v != getattr(type(args), k, method)}
-    mark = "-" + hashlib.sha1(json.dumps(changed).encode()).hexdigest()[:8] if changed else ""
-    folder = Path(args.run_dir or f"runs/{method}{mark}")
-    record, path = folder / "args.json", folder / "checkpoint.pt"
-    try:
-        if record.exists() and not args.restart:
-            ours, new = json.loads(json.dumps(flags)), {k: getattr(type(args), k, None) for k in flags}
-            held = json.loads(json.dumps(new)) | json.loads(record.read_text())  # flags newer than the run
-            differ = [k for k in ours if held.get(k) != ours[k]]
-            other = ", ".join(f"--{k.replace('_', '-')} {held.get(k)}" for k in differ)
-            if other:
-                raise SystemExit(f"{folder} holds a run with {other}: use another --run-dir, or --restart")
-        checkpoint = load_checkpoint(path, method) if path.exists() and not args.restart else {}
-        if rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            if args.restart:
-                path.unlink(missing_ok=True)
-            Path(f"{record}.tmp").write_text(json.dumps(flags | asdict(args), indent=1))
-            os.replace(f"{record}.tmp", record)
-            with open(folder / "metrics.jsonl", "a") as log:
-                log.truncate(min(log.tell(), checkpoint.get("logged", 0)))  # what came after is done again
-    except (OSError, ValueError, TypeError) as error:
-        raise SystemExit(f"{record}: {error}; use another --run-dir, or --restart")
-    return folder, checkpoint
-
-
-# --- Training -----------------------------------------------------------------------------------------------
-# A stage is a model with its optimiser's numbers, and batch(views, generator, share) -> tensors whose rows
-# are this process's images, and number of the loss's terms in all processes; loss(net, chunk, progress, logs)
-# -> their sum and, if logs, sums for metrics(), features; metrics(sums, n) -> metrics, problems; columns() ->
-# pictures. settled: share of the run before the alarm can ring.
-class TokenizerStage:
-    def __init__(self, args, grid):
-        self.args, self.grid, self.title = args, grid, f"tokenizer, learning rate {args.tokenizer_lr:g}"
-        self.model = DVAE(args.tokens, args.code_dim, args.tokenizer_dim, args.tokenizer_layers)
-        self.groups = [{"params": [*self.model.parameters()], "weight_decay": 1e-4}]
-        self.lr, self.final, self.clip, self.flag = args.tokenizer_lr, 0.0, math.inf, "--tokenizer-lr"
-        self.epochs, self.warmup_epochs, self.settled = args.tokenizer_epochs, 0.0, 0.3
-
-    def batch(self, views, generator, share):
-        seeds = torch.randint(2**62, (self.args.batch_size,), generator=generator)
-        return (2 * views[1] - 1, share(seeds)), self.args.batch_size
-
-    def loss(self, net, chunk, progress, logs):
-        images, seeds = chunk
-        noise = gumbel_noise(seeds, (self.args.tokens, self.grid, self.grid), images.device)
-        # soon cold, or the shares and not the codes carry the image
-        temperature = cosine_schedule(min(progress, self.settled), self.settled, 0, 1.0, 1 / 16)
-        logits, painted = net(images, noise, temperature)
-        terms = dvae_loss(logits, painted, images, self.args.kl_weight * min(1.0, 10 * progress))
-        if not logs:
-            return terms[0].sum(), None, None
-        codes = logits.detach().argmax(dim=1)
-        with torch.no_grad():
-            hard = self.model.decode(codes).float()
-        errors = *terms, (hard - images).square().mean(dim=(1, 2, 3))
-        counts = torch.bincount(codes.flatten(), minlength=self.args.tokens)
-        sums = torch.cat([torch.stack([error.detach().sum() for error in errors]), counts])
-        self.shown = images, painted.detach(), hard
-        return terms[0].sum(), sums, logits.detach().mean(dim=(2, 3))
-
-    def metrics(self, sums, n):
-        loss, soft, kl, hard = (sums[:4] / n).tolist()
-        codes = code_metrics(sums[4:])
-        remedy = "lower --kl-weight" if kl < 0.1 else "raise --kl-weight, or lower --tokens"
-        few = f"perplexity {codes['perplexity']:.1f}: few codes are in use; {remedy}"
-        metrics = {"train/loss": loss, "dvae/error": soft, "dvae/hard_error": hard, "dvae/kl": kl}
-        metrics |= {"dvae/perplexity": codes["perplexity"], "dvae/active": codes["active"]}
-        return metrics, {few: codes["perplexity"] < self.args.tokens / 20}
-
-    def columns(self):
-        columns = zip(("original", "soft codes", "codes"), self.shown, strict=True)
-        return {title: x.float() / 2 + 0.5 for title, x in columns}
-
-    def save(self, folder):
-        """All that other runs need is in checkpoint.pt."""
-
-
-class BEiTStage:
-    def __init__(self, args, grid, tokenizer):
-        self.args, self.tokenizer = args, tokenizer
-        self.title = f"{args.arch}, effective learning rate {args.lr:g}"
-        options = args.positions, args.layer_scale, args.drop_path
-        tokens = tokenizer.tokens if tokenizer else args.tokens
-        self.model = BEiT(args.arch, grid, args.patch_size, tokens, *options)
-        decayed, plain = [], []
-        for name, p in self.model.named_parameters():
-            (decayed if p.ndim > 1 and name not in ("cls_token", "pos_embed") else plain).append(p)
-        self.groups = [{"params": decayed, "weight_decay": args.weight_decay}]
-        self.groups += [{"params": plain, "weight_decay": 0.0}]
-        self.lr, self.final, self.flag = args.lr, args.lr / 150, "--lr"  # the official 1e-5 of 1.5e-3
-        self.epochs, self.warmup_epochs, self.settled, self.clip = args.epochs, args.warmup_epochs, 0.0, 3.0
-
-    def batch(self, views, generator, share):
-        images, pixels, mask = views
-        n = mask.sum()
-        if dist.is_initialized():
-            dist.all_reduce(n)
-        return (v2.functional.normalize(images, MEAN, STD), pixels, mask), n.clamp(min=1)
-
-    def loss(self, net, chunk, progress, logs):
-        images, pixels, mask = chunk
-        codes = self.tokenizer(pixels)
-        logits, x = net(images, mask, return_tokens=True)
-        loss = beit_loss(logits, codes, mask).sum()
-        if not logs:
-            return loss, None, None
-        answers, tokens = logits.detach().argmax(dim=1), self.tokenizer.tokens
-        counts = [torch.bincount(ids, minlength=tokens) for ids in (codes[mask], answers)]
-        sums = torch.cat([loss.detach()[None], (answers == codes[mask]).sum()[None], *counts])
-        self.shown = images, mask, codes, answers
-        return loss, sums, x.detach()[:, 1:].mean(dim=1)
-
-    def metrics(self, sums, n):
-        loss, accuracy = (sums[:2] / n).tolist()
-        target, answer = (code_metrics(counts) for counts in sums[2:].chunk(2))
-        majority = target["majority"]
-        chance = majority + 3 * math.sqrt(majority * (1 - majority) / n)
-        words = f"accuracy {accuracy:.3f}, always the most frequent code gives {majority:.3f}"
-        metrics = {"train/loss": loss, "beit/masked_accuracy": accuracy, "beit/majority": majority}
-        metrics |= {"beit/target_entropy": target["entropy"], "beit/predicted_tokens": answer["active"]}
-        metrics["beit/codebook_perplexity"] = target["perplexity"]
-        one = f"perplexity {target['perplexity']:.1f}: the tokenizer has few codes in use; train another"
-        return metrics, {f"{words}; lower --lr": accuracy <= chance, one: target["perplexity"] < 2}
-
-    def columns(self):
-        images, mask, codes, answers = self.shown
-        pixels = images * images.new_tensor(STD).view(3, 1, 1) + images.new_tensor(MEAN).view(3, 1, 1)
-        hidden = mask.repeat_interleave(self.args.patch_size, 1).repeat_interleave(self.args.patch_size, 2)
-        columns = {"original": pixels, "masked": pixels * ~hidden[:, None]}
-        if hasattr(self.tokenizer, "decode"):  # a TorchScript module does not paint
-            columns["true codes"] = self.tokenizer.decode(codes)
-            columns["hidden codes\nas predicted"] = self.tokenizer.decode(codes.masked_scatter(mask, answers))
-        return {title: F.interpolate(x, pixels.shape[2:]) for title, x in columns.items()}
-
-    def save(self, folder):
-        weights, table = self.model.state_dict(), "relative_position_bias_table"
-        rest = ("lm_head", "mask_token", "rel_pos_bias")
-        encoder = {k: v for k, v in weights.items() if not k.startswith(rest) and not k.endswith("_index")}
-        if self.model.rel_pos_bias is not None:
-            shared = weights[f"rel_pos_bias.{table}"]
-            encoder |= {f"blocks.{i}.attn.{table}": shared.clone() for i in range(len(self.model.blocks))}
-        dim = self.model.cls_token.shape[2]
-        export_backbone(folder, "beit", self.args, dim, encoder, patch_size=self.args.patch_size)
-
-
-class Tokenizer:
-    """Images (B, 3, h, w) in [0, 1] -> codes (B, grid, grid), by a DVAE or a module of the user's."""
-
-    def __init__(self, net, tokens, size):
-        self.net, self.tokens, self.size = net.eval(), tokens, size
-        if isinstance(net, DVAE):
-            self.decode = lambda codes: net.decode(codes) / 2 + 0.5
-
-    @torch.no_grad()
-    def __call__(self, images):
-        if isinstance(self.net, DVAE):
-            return self.net.encoder(2 * images - 1).argmax(dim=1)
-        codes = self.net(images)
-        if not 0 <= codes.min() <= codes.max() < self.tokens:
-            words = f"{codes.min()} to {codes.max()}, must be 0 to below --tokens {self.tokens}"
-            raise SystemExit(f"--tokenizer: gives codes {words}")
-        return codes.long()
-
-
-def load_tokenizer(path, tokens, layers, grid):
-    """Of another run's folder, or of a TorchScript file with this number of codes and of halvings."""
-    if os.path.isdir(path):
-        file = Path(path) / "tokenizer" / "checkpoint.pt"
-        if not file.exists():
-            raise SystemExit(f"--tokenizer {path}: holds no tokenizer/checkpoint.pt; give a run with one")
-        state = load_checkpoint(file, "beit")["model"]
-        (tokens, dim), hidden = state["codebook.weight"].shape, len(state["encoder.0.0.weight"])
-        layers = max(int(name.split(".")[1]) for name in state if name.startswith("encoder.")) // 2
-        net = DVAE(tokens, dim, hidden, layers)
-        net.load_state_dict(state)
-        return Tokenizer(net, tokens, grid * 2**layers)
-    size = grid * 2**layers
-    try:
-        net = torch.jit.load(path, map_location="cpu")
-        codes = net(torch.zeros(1, 3, size, size))
-        if codes.shape != (1, grid, grid) or codes.is_floating_point():
-            raise ValueError(f"gives {tuple(codes.shape)} {codes.dtype}, not (1, {grid}, {grid}) integers")
-    except Exception as error:  # no such file, another format, another size
-        reason = " ".join(str(error).split())[:200]
-        raise SystemExit(f"--tokenizer {path}, images of {size} pixels (--tokenizer-layers): {reason}")
-    return Tokenizer(net, tokens, size)
-
-
-def fit(stage, args, data, run, checkpoint, rank, world, device, amp):
-    """Train a stage in its folder, from its checkpoint; returns the metrics of the last step."""
-    per_epoch = len(data.items) // args.batch_size
-    total, warmup = stage.epochs * per_epoch, round(stage.warmup_epochs * per_epoch)
-    model = stage.model.to(device)
-    trained = [p for group in stage.groups for p in group["params"]]
-    optimizer = torch.optim.AdamW(stage.groups, stage.lr, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    moving = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    step, metrics, alarm = (checkpoint.get(*pair) for pair in (("step", 0), ("metrics", {}), ("alarm", {})))
-    restore(moving, checkpoint, run)
-    if args.compile:
-        model.compile()
-    micro = args.micro_batch_size or args.batch_size
-    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    keys = data.batches(args.batch_size, step, stage.epochs, rank, world)
-    loader = DataLoader(data, batch_sampler=keys, num_workers=args.workers, pin_memory=device.type == "cuda")
-    if rank == 0:
-        board = SummaryWriter(run, purge_step=step + 1)
-        print(f"{data.found}. Run folder {run}, step {step} of {total}")
-        print(f"{stage.title}, {amp or torch.float32}, {world} x {device}")
-
-    def share(rows):  # of this process
-        return rows.chunk(world)[rank]
-
-    def forward(*inputs, **options):
-        with torch.autocast(device.type, amp, enabled=amp is not None):
-            return net(*inputs, **options)
-
-    bar = tqdm(total=total, initial=step, disable=rank > 0)
-    logged, skipped, since, asked, waited = step, 0, time.perf_counter(), time.perf_counter(), 0.0
-    try:
-        for (crops,) in loader:
-            waited += time.perf_counter() - asked
-            for group in optimizer.param_groups:
-                group["lr"] = cosine_schedule(step, total, warmup, stage.lr, stage.final)
-            generator = torch.Generator().manual_seed(hash((args.seed, 3, step)) % 2**32)
-            factors = 1 + args.color_jitter * (2 * torch.rand(args.batch_size, 3, generator=generator) - 1)
-            factors, order = share(factors).to(device), torch.randperm(3, generator=generator).tolist()
-            large, small, mask = (crop.to(device, non_blocking=True) for crop in crops)
-            images = jitter_colors(large, factors, order)
-            pixels = images if large.shape == small.shape else jitter_colors(small, factors, order)
-            rows, n = stage.batch((images, pixels, mask), generator, share)
-            draws = (step + 1) % args.picture_every == 0 or step in (0, total - 1)
-            logs = draws or (step + 1) % args.log_every == 0
-            torch.manual_seed(hash((args.seed, 4, step, rank)) % 2**32)  # of drop path
-            optimizer.zero_grad()
-            loss, sums, features = 0.0, 0.0, []
-            chunks = list(zip(*(tensor.split(micro) for tensor in rows), strict=True))
-            for i, chunk in enumerate(chunks, start=1):
-                with net.no_sync() if world > 1 and i < len(chunks) else torch.enable_grad():  # averages once
-                    part, part_sums, h = stage.loss(forward, chunk, step / total, logs)
-                    part = part * world / n
-                    scaler.scale(part).backward()
-                loss = loss + part.detach()
-                if logs:
-                    sums = sums + part_sums
-                    features.append(h)
-            scaler.unscale_(optimizer)
-            grad_norm = nn.utils.clip_grad_norm_(trained, stage.clip)
-            step += 1
-            saves = step % args.checkpoint_every == 0 or step == total
-            if (logs or saves) and not torch.isfinite(loss if scaler.get_scale() > 1 else loss + grad_norm):
-                why = f"loss {loss:g}, gradient {grad_norm:g}; lower {stage.flag}"
-                raise SystemExit(name_images(run, data, args.batch_size, logged, step, why))
-            scale = scaler.get_scale()
-            scaler.step(optimizer)
-            scaler.update()
-            skipped += scaler.get_scale() < scale  # float16 overflowed
-            bar.update()
-            if logs:
-                metrics, problems = stage.metrics(gather(sums[None]).sum(dim=0), n)
-                feature = collapse_metrics(torch.cat(features), center=True)
-                now = time.perf_counter()
-                armed_after = max(min(500, 0.2 * total), warmup, stage.settled * total)
-                metrics |= {"train/lr": group["lr"], "train/grad_norm": grad_norm.item()}
-                metrics |= {f"monitor/{k}": v for k, v in feature.items()}
-                metrics["perf/images_per_second"] = args.batch_size * (step - logged) / (now - since)
-                metrics["perf/data_wait"] = waited / (now - since)
-                metrics["perf/skipped_steps"] = skipped  # since the last log
-                logged, skipped, since, waited = step, 0, now, 0.0
-                if rank == 0:
-                    metrics["monitor/alarm"] = collapse_alarm(alarm, step, armed_after, problems)
-                    for tag, value in metrics.items():
-                        board.add_scalar(tag, value, step)
-                    line = {"step": step, "epoch": (step - 1) // per_epoch}
-                    line |= {tag: value for tag, value in metrics.items() if math.isfinite(value)}
-                    with open(run / "metrics.jsonl", "a") as log:
-                        log.write(json.dumps(line) + "\n")
-                    bar.set_postfix_str(f"loss {metrics['train/loss']:.3f}")
-            if rank == 0 and draws:
-                picture = page(stage.columns())
-                name = f"reconstruction-{step:06d}.png" if step > 1 else "views.png"  # what the network sees
-                v2.functional.to_pil_image(picture).save(run / name)
-                board.add_image("reconstruction", picture, step)
-            if saves and rank == 0:
-                stage.save(run)
-                state = {name: part.state_dict() for name, part in moving.items()}
-                state |= {"method": "beit", "step": step, "metrics": metrics, "alarm": alarm}
-                save_checkpoint(run / "checkpoint.pt", **state, logged=os.path.getsize(run / "metrics.jsonl"))
-            asked = time.perf_counter()
-    except (KeyboardInterrupt, OSError) as error:  # a worker's error comes behind its traceback
-        reason = (str(error) or "interrupted").splitlines()[-1]
-        raise SystemExit(f"{reason} (step {step}); the same command, without --restart, continues")
+        torch.save(state, temporary)  # by its path: Ctrl-C within stays a KeyboardInterrupt
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save's words for a full disk
+        raise OSError(f"{path}: cannot be written, is the disk full? ({str(error)[:80]})")
     finally:
-        bar.close()
-        if rank == 0:
-            with contextlib.suppress(OSError):  # a full disk, of which the message speaks
-                board.close()
-    if rank == 0:
-        print(f"{run}: " + ", ".join(f"{tag} {value:.4g}" for tag, value in metrics.items()))
-    return metrics
+        temporary.unlink(missing_ok=True)
 
 
-def train(args: Args) -> dict:
-    """Pretrain in the run folder, the tokenizer first, from their checkpoints if it has them; returns the
-    metrics of the last step."""
-    zero = "color_jitter kl_weight layer_scale drop_path micro_batch_size workers weight_decay warmup_epochs"
-    zero += " seed"
-    most = {"min_scale": 1, "color_jitter": 1, "mask_ratio": 1, "drop_path": 1, "warmup_epochs": args.epochs}
-    check_flags(args, zero.split(), **most)
-    grid = args.image_size // args.patch_size
-    if args.image_size % args.patch_size:
-        raise SystemExit(f"--image-size {args.image_size}: give a multiple of --patch-size {args.patch_size}")
-    if not 2 * args.min_block <= (masked := round(args.mask_ratio * grid**2)) < grid**2:
-        words = f"{masked} of {grid**2} patches to hide, must be twice --min-block {args.min_block}, not all"
-        raise SystemExit(f"--mask-ratio {args.mask_ratio}: {words}")
-    processes = rank, world, device, amp = start_processes(args.device, args.amp)
-    tokenizer, size = None, grid * 2**args.tokenizer_layers
-    if args.tokenizer:
-        tokenizer = load_tokenizer(args.tokenizer, args.tokens, args.tokenizer_layers, grid)
-        size = tokenizer.size
-    views = (MaskedViews(args.image_size, size, args.min_scale, grid, masked, args.min_block),)
-    data = Images(args.data, views, args.seed, max(args.image_size, size), args.min_scale, rank)
-    if args.batch_size > len(data.items) or args.batch_size % world:
-        raise SystemExit(f"--batch-size {args.batch_size}: give a multiple of {world}, at most {data.found}")
-    torch.manual_seed(args.seed)
-    stage = BEiTStage(args, grid, tokenizer)
-    if args.init:
-        load_encoder(stage.model, "", args.init, rank)
-    run, checkpoint = open_run(args, "beit", rank)
-    if not tokenizer:
-        first = TokenizerStage(args, grid)
-        folder, held = open_run(replace(args, run_dir=str(run / "tokenizer")), "beit", rank)
-        fit(first, args, data, folder, held, *processes)
-        stage.tokenizer = Tokenizer(first.model, args.tokens, size)
-    stage.tokenizer.net.to(device)
-    metrics = fit(stage, args, data, run, checkpoint, *processes)
-    if world > 1:
-        dist.barrier()  # in torch 2.4 gloo may wait for ever in the next line
-        dist.destroy_process_group()
-    return metrics
+def save_run(run, step, encoder, **facts):
+    """checkpoint.pt, all that moves, and backbone.pt, the encoder {name: tensor} in public names and what
+    builds it; once a step."""
+    if run.rank > 0 or step == run.step and (run.folder / "checkpoint.pt").exists():
+        return
+    weights = {name: tensor.cpu() for name, tensor in encoder.items()}
+    if not all(tensor.isfinite().all() for tensor in weights.values()):  # a skipped float16 step can do that
+        sys.exit(f"step {step}: a weight is not finite, nothing is saved; lower the learning rate")
+    facts |= {"method": run.method, "arch": run.args.arch, "image_size": run.args.image_size}
+    facts |= {"mean": MEAN, "std": STD, "state_dict": weights}
+    save_checkpoint(run.folder / "backbone.pt", **facts)
+    run.step, run.logged = step, os.path.getsize(run.folder / "metrics.jsonl")
+    state = {name: getattr(run, name) for name in run.kept}
+    state |= {name: part.state_dict() for name, part in run.parts.items()}
+    save_checkpoint(run.folder / "checkpoint.pt", method=run.method, **state)
+    run.save_at = time.monotonic() + 60 * run.args.save_minutes
 
 
 if __name__ == "__main__":

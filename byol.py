@@ -601,7 +601,7 @@ def cosine_schedule(step, total, warmup, base, final=0.0):
     """From 0 in a straight line to base at step `warmup`, then in half a cosine to final at step `total`."""
     if step < warmup:
         return base * step / warmup
-    return final + (base - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+    return final + (base - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup or 1)))
 
 
 @torch.no_grad()
@@ -681,9 +681,10 @@ def load_encoder(encoder, path, arch_args):
 
 
 @contextlib.contextmanager
-def guarded(run, total):
+def guarded(run, total, last=True):
     """Around the loop. In one process Ctrl-C and SIGTERM go into the list it yields, so that it ends after
-    the step in hand; a second one ends at once. Errors of disk and workers end in one line."""
+    the step in hand; a second one ends at once. Errors of disk and workers end in one line. last: no loop
+    comes after it."""
     signals, hook = [], threading.excepthook
 
     def note(number, frame):
@@ -714,7 +715,7 @@ def guarded(run, total):
         sys.exit(f"stopped after step {run.step}, saved; the same command goes on")
     if run.rank == 0:
         print(f"{run.folder}/backbone.pt: {run.words}")
-    if dist.is_initialized():
+    if last and dist.is_initialized():
         dist.barrier()  # in torch 2.4 gloo may wait for ever in the next line
         dist.destroy_process_group()
 

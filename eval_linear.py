@@ -1280,7 +1280,7 @@ def cosine_schedule(step, total, warmup, base, final=0.0):
     """From 0 in a straight line to base at step `warmup`, then in half a cosine to final at step `total`."""
     if step < warmup:
         return base * step / warmup
-    return final + (base - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+    return final + (base - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup or 1)))
 
 
 if __name__ == "__main__":

@@ -236,7 +236,7 @@ def beit_step(batch_size, rounds, image_size=32, patch_size=4, tokens=512):
         return step
 
     def our_loss():
-        return beit.beit_loss(ours(images, mask), codes.view(-1, grid, grid), mask).mean()
+        return beit.beit_loss(ours(images, mask), codes.view(-1, grid, grid)[mask], mask.sum())
 
     def their_loss():
         return theirs(images, bool_masked_pos=mask.flatten(1), labels=codes[mask.flatten(1)]).loss

@@ -189,8 +189,8 @@ AHEAD = ("ijepa",)  # their schedules count steps from 1, as the official code, 
 
 
 def test_a_warm_up_longer_than_the_run_is_cut_to_it(module, folder):
-    """Three steps: from 0 in a line that would reach the peak in the fourth, of DINO in the third; or AHEAD,
-    to the peak in two and then at the lowest rate."""
+    """Three steps: from 0 in a line that would reach the peak in the fourth, of BEiT and DINO in the third;
+    or AHEAD, to the peak in two and then at the lowest rate."""
     rates = []
     for warmup in (1.0, 2.0):
         flags = {"epochs": 1, "batch_size": 13, "warmup_epochs": warmup, "run_dir": f"run{warmup}"}
@@ -201,7 +201,7 @@ def test_a_warm_up_longer_than_the_run_is_cut_to_it(module, folder):
     if module.__name__ in AHEAD:
         assert rates[0] == rates[1] == pytest.approx([peak / 2, peak, rates[1][-1]])
     else:
-        rise = peak / (2 if module.__name__ == "dino" else 3)
+        rise = peak / (2 if module.__name__ in ("beit", "dino") else 3)
         assert rates[0] == rates[1] == pytest.approx([0, rise, 2 * rise])
 
 
@@ -715,6 +715,15 @@ def random_targets(module, monkeypatch):
     )
 
 
+def one_code(module, monkeypatch):
+    """A tokenizer that has one code for everything."""
+
+    def constant(args, tokenizer, *_):
+        torch.nn.init.zeros_(tokenizer.encoder[-1].weight)
+
+    monkeypatch.setattr(module, "train_tokenizer", constant)
+
+
 def random_turns(module, monkeypatch):
     def shuffled(images):
         turned, labels = rotate_batch(images)
@@ -727,6 +736,7 @@ def random_turns(module, monkeypatch):
 # For each safeguard the flags that remove it, or a control f(module, monkeypatch) that spoils the task, and
 # what the alarm says; half an epoch of small demo images is enough to see it.
 SAFEGUARDS = {
+    "beit": [(one_code, "perplexity 1: one code is in use")],
     "byol": [({"predictor": False}, "projections"), ({"stop_gradient": False}, "projections")],
     "dino": [({"centering": False, "momentum": 0.9}, "one-hot"), ({"sharpening": False}, "uniform")],
     "ijepa": [({"stop_gradient": False}, "hardly differ"), ({"momentum": 0.0}, "hardly differ")],
@@ -746,6 +756,7 @@ SHORT = {
     "run_dir": "run",
 }
 FASTER = {
+    "beit": {"image_size": 16, "min_block": 2, "lr": 2e-3, "tokenizer": ""},
     # finds the constant in 32 steps, where a healthy run keeps 22 directions
     "byol": {"image_size": 16, "base_lr": 0.24, "momentum": 0.5, "weight_decay": 1e-4, "hidden_dim": 256},
     # the alarm is not armed while the prototypes are frozen; large patches take less time

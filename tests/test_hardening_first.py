@@ -44,17 +44,15 @@ def stopped(module, args, match):
 
 
 class Steps:
-    """Counts the steps of the last stage, the one that writes into `run` itself."""
+    """Counts the steps of a run."""
 
     def __init__(self, module, monkeypatch):
-        self.done, self.bars, steps = -100, 0, self
+        self.done, steps = -100, self
 
         class Bar(module.tqdm):
             def __init__(self, *args, **options):
                 super().__init__(*args, **options)
-                steps.bars += 1
-                first = Path("run/tokenizer").exists() and steps.bars == 1  # beit's other stage
-                steps.done = -100 if first else self.n
+                steps.done = self.n
 
             def update(self, n=1):
                 steps.done += n
