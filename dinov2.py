@@ -2,17 +2,17 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.4", "torchvision>=0.19", "einops", "tyro", "tensorboard", "tqdm"]
 # ///
-r"""DINOv2: learn features by saying what an average of oneself says, of other crops and of hidden patches.
+r"""DINOv2: learn features by saying what one's moving average says of other crops and of hidden patches.
 
-Paper: Oquab et al. 2023, arXiv 2304.07193; registers: 2309.16588; where paper and official code differ, the
-code. A student and a teacher, its moving average, turn tokens into logits s, t over K prototypes. The teacher
-sees two global crops of each of B images; the student sees them with blocks M_i of patches hidden in half of
-them, and local crops. p = softmax(s / T_s), q = softmax((t - c) / T_t), or Sinkhorn-Knopp of t / T_t:
-  DINO  L_d = mean over pairs of crops u != v of  -sum q_u log p_v,  by [CLS]
-  iBOT  L_i = 1 / 2B  sum over crops i  1 / |M_i|  sum over j in M_i  -sum q_ij log p_ij,  by patch
-  KoLeo L_k = -mean log |x_i - x_nearest|,  x = student's [CLS] at length 1, summed over the global crops
+Paper: Oquab et al. 2023, arXiv 2304.07193; registers: 2309.16588; where they differ, the official code.
+Student and teacher, its moving average, give logits s, t over K prototypes: the teacher of two global crops
+of each of B images, the student of these, with patches M_i hidden in half of them, and of local crops:
+  p = softmax(s / T_s),  q = softmax((t - c) / T_t) with moving mean c, or Sinkhorn-Knopp of t / T_t
+  L_d = mean over pairs of crops u != v of  -sum q_u log p_v,  by [CLS] (DINO)
+  L_i = 1 / 2B  sum over crops i of the mean over j in M_i of  -sum q_ij log p_ij,  by patch (iBOT)
+  L_k = -mean log |x_i - x_nearest|,  x = student's [CLS], length 1, by global crop (KoLeo)
   L = L_d + L_i + 0.1 L_k
-Centre c or Sinkhorn-Knopp keep one prototype from taking all, T_t below T_s keeps all from being alike.
+Centering or Sinkhorn-Knopp, and sharpening (T_t below T_s), stop the collapse, as in dino.py.
 
 Demo:   python dinov2.py
 Photos: python dinov2.py --data photos/ --image-size 96 --local-size 48 --patch-size 8 --arch vit_tiny \
@@ -21,34 +21,39 @@ Paper:  torchrun --nnodes 4 --nproc-per-node 8 dinov2.py --data imagenet/ --imag
             --local-crops 8 --min-scale 0.32 --local-min-scale 0.05 --crop-blurs 0 0.9 0.5 --patch-size 16 \
             --arch vit_large --layer-scale 1e-5 --drop-path-rate 0.3 --head-dim 2048 --out-dim 65536 \
             --shared-head --teacher-temp 0.07 --warmup-teacher-temp-epochs 60 --freeze-last-layer 2 \
-            --momentum 0.992 --layerwise-decay 0.9 --epochs 200 --batch-size 2048 --lr 5.657e-3 \
-            --warmup-epochs 20 --workers 10
+            --momentum 0.992 --epochs 200 --batch-size 2048 --lr 5.657e-3 --warmup-epochs 20 --workers 10
 
-The last is the official ViT-L/16 of ImageNet-1k alone; its 100 "epochs" of 1250 steps are 200 passes.
-Blur: the official code writes 1, 0.1, 0.5 and applies it with chance 1 - p. So 0, 0.9, 0.5 is what the
-published models saw, and what is meant here by --crop-blurs 0 0.9 0.5; DINO's intent was 1 0.1 0.5.
-Differs from the official code: crops resized as uint8 tensors, of large JPEGs decoded at reduced size; one
-order of colours a batch; masks dealt out over the whole batch, not in each process, and a block may exceed
-half of an odd grid; the patches' centre is the mean over those of all processes; no point is its own nearest
-in KoLeo, if opposite to all; Sinkhorn-Knopp in logarithms; bfloat16; the losses logged are those optimised;
---lr is not scaled by the batch. Demo: T_t .02, LayerScale .1, as short runs need. Several processes give the
-loss, gradient and centres of one, but for KoLeo, within each process as in the code, and stochastic depth.
+The last is the official ViT-L/16 of ImageNet-1k, whose 100 "epochs" of 1250 steps are 200 passes. The code
+writes blurs 1, 0.1, 0.5 and applies them by chance 1 - p: what its models saw is --crop-blurs 0 0.9 0.5.
+Differs from the official code: no SwiGLU, so no ViT-g; one learning rate for all layers; drop path by chance;
+the warm-up ends a step later; crops resized as uint8, large JPEGs decoded smaller; one order of colours a
+batch; blur cut at 5 pixels, not 4; masks dealt out over all processes, a block may exceed half of an odd
+grid; no point its own nearest in KoLeo; bfloat16. Positions are resized with the offset 0.1 of its training;
+its released models with registers antialias instead. Processes are as one, but for KoLeo and drop path.
 """
 
 import contextlib
 import hashlib
+import io
 import json
+import logging
 import math
 import os
 import random
+import signal
+import sys
+import threading
 import time
-import warnings
+import traceback
 from collections import OrderedDict
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -59,69 +64,58 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+
 # --- Args ---------------------------------------------------------------------------------------------------
-Arch = Literal["vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant"]
-Pair, Triple, Quadruple = tuple[float, float], tuple[float, float, float], tuple[float, float, float, float]
-
-
 @dataclass
 class Args:
     data: str = "demo"  # demo, a folder of images in any layout, or a torchvision data set such as CIFAR10
     image_size: int = 32  # side of a view in pixels (paper: 224)
-    local_size: int = 16  # side of a local crop in pixels (paper: 96, 98 for patches of 14)
-    local_crops: int = 2  # local crops of an image (paper: 8)
+    local_size: int = 16  # side of a local crop in pixels (paper: 96)
+    local_crops: int = 2  # of an image (paper: 8)
     patch_size: int = 8  # side of a patch in pixels (paper: 14 or 16)
-    min_scale: float = 0.4  # smallest area of a crop as a share of the image (paper: 0.32, global crops)
-    local_min_scale: float = 0.15  # that of the local crops, which reach from it to min_scale (paper: 0.05)
-    jitter: Quadruple = (0.4, 0.4, 0.2, 0.1)  # of brightness, contrast, saturation, hue (paper: the same)
-    crop_blurs: Triple = (0.0, 0.0, 0.0)  # chance of blur: first, second global, local (paper: 0 0.9 0.5)
-    solarize: float = 0.2  # probability of solarization (paper: 0.2, of the second global crop)
-    mask_probability: float = 0.5  # share of the global crops with hidden patches (paper: 0.5)
-    mask_ratios: Pair = (0.1, 0.5)  # least and greatest share of them hidden in a crop (paper: the same)
+    min_scale: float = 0.4  # smallest area of a crop as a share of the image (paper: 0.32)
+    local_min_scale: float = 0.15  # of local crops, which reach up to min_scale (paper: 0.05)
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
+    crop_blurs: tuple[float, float, float] = (0.0, 0.0, 0.0)  # chance: 1st, 2nd, local (paper: 0 0.9 0.5)
+    solarize: float = 0.2  # probability of solarization (paper: 0.2)
+    mask_ratios: tuple[float, float] = (0.1, 0.5)  # hidden in half of the global crops (paper: 0.1 0.5)
     workers: int = 2  # processes that read images, for each training process
-    arch: Arch = "vit_nano"  # encoder (paper: vit_small to vit_giant)
-    ffn: Literal["mlp", "swiglu"] = "mlp"  # of a block (paper: swiglu for ViT-L/14 and g/14, else mlp)
-    registers: int = 0  # tokens that stand for nothing, beside [CLS] (2309.16588: 4)
-    layer_scale: float = 0.1  # start of LayerScale, 0: none (paper: 1e-5)
-    drop_path_rate: float = 0.0  # share of a batch that skips a branch, in all blocks (paper: 0.3 or 0.4)
+    arch: Literal["vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large"] = "vit_nano"  # encoder
+    registers: int = 0  # tokens beside [CLS] (paper: 4)
+    layer_scale: float = 0.1  # start of LayerScale (paper: 1e-5)
+    drop_path_rate: float = 0.0  # chance to skip a branch (paper: 0.3)
     head_dim: int = 512  # width of the head's hidden layers (paper: 2048)
-    bottleneck_dim: int = 256  # width of the head's last but one layer (paper: 256, ViT-L/14 and g/14 384)
-    out_dim: int = 1024  # K, number of prototypes (paper: 65536, ViT-L/14 and g/14 131072)
-    shared_head: bool = False  # one head for [CLS] and patches (paper: off, on for ImageNet-1k alone)
-    dino_weight: float = 1.0  # of the loss of crops; each weight may be 0 (paper: 1)
-    ibot_weight: float = 1.0  # of the loss of hidden patches (paper: 1)
-    koleo_weight: float = 0.1  # of the loss that keeps nearest neighbours apart (paper: 0.1)
-    sinkhorn: bool = False  # centering by Sinkhorn-Knopp, not a centre (paper: on, off for ImageNet-1k alone)
-    teacher_temp: float = 0.02  # T_t; lower it where the teacher stays uniform (paper: 0.07)
+    out_dim: int = 1024  # K, number of prototypes (paper: 65536)
+    shared_head: bool = False  # one head for [CLS] and patches (paper: for ImageNet-1k)
+    koleo_weight: float = 0.1  # of the loss by KoLeo (paper: 0.1)
+    sinkhorn: bool = False  # Sinkhorn-Knopp for centering (paper: not for ImageNet-1k)
+    teacher_temp: float = 0.02  # T_t; lower it if the teacher stays uniform (paper: 0.07)
     warmup_teacher_temp: float = 0.04  # T_t at the start of its warm-up (paper: 0.04)
-    warmup_teacher_temp_epochs: int = 0  # epochs from it to --teacher-temp, in even steps (paper: 30)
+    warmup_teacher_temp_epochs: int = 0  # epochs of its warm-up (paper: 60)
     student_temp: float = 0.1  # T_s (paper: 0.1)
-    momentum: float = 0.99  # of the moving average (paper: 0.992 or 0.994, rising to 1 in a cosine as here)
-    centering: bool = True  # without, the teacher names one prototype for all: watch it with --momentum 0.9
-    sharpening: bool = True  # without, T_t is T_s, and the teacher likes all prototypes alike: watch it
-    epochs: int = 8  # passes over the data (paper: 100 or 500 times 1250 steps)
-    batch_size: int = 32  # images per step, of all processes together (paper: 2048 or 3072)
-    lr: float = 1e-3  # learning rate (paper: sqrt(batch / 1024) times 4e-3 for ImageNet-1k, else 2e-4)
-    layerwise_decay: float = 1.0  # learning rate of a block as a share of the next one's (paper: 0.9 or 1)
-    patch_embed_lr: float = 0.2  # factor of the patch embedding's learning rate (paper: 0.2)
-    weight_decay: float = 0.04  # strength of weight decay (paper: 0.04, not on biases, norms, LayerScale)
-    final_weight_decay: float = 0.4  # reached in a cosine (paper: 0.4, ViT-L/14 and g/14 0.2)
-    warmup_epochs: float = 1.0  # linear from 0 (paper: 10 or 80)
-    freeze_last_layer: int = 1  # epochs in which the prototypes stay as they are (paper: 1)
-    clip_norm: float = 3.0  # largest norm of the gradient of the backbone, and of each head (paper: 3)
+    momentum: float = 0.99  # of the moving average (paper: 0.992, rising to 1 as here)
+    centering: bool = True  # without, targets become one-hot: watch it (--momentum 0.9)
+    sharpening: bool = True  # without, T_t is T_s and the teacher uniform: watch it
+    epochs: int = 8  # passes over the data (paper: 200)
+    batch_size: int = 32  # images per step, of all processes together (paper: 2048)
+    lr: float = 1e-3  # learning rate (paper: 4e-3 times sqrt(batch / 1024))
+    weight_decay: float = 0.04  # strength of weight decay (paper: 0.04, not on vectors)
+    final_weight_decay: float = 0.4  # reached in a cosine (paper: 0.4)
+    warmup_epochs: float = 1.0  # linear from 0 (paper: 20)
+    freeze_last_layer: int = 1  # epochs before the prototypes move (paper: 2)
+    clip_norm: float = 3.0  # largest gradient of backbone and each head (paper: 3)
     init: str = ""  # backbone.pt that the encoder starts from, of convert.py or an earlier run
     seed: int = 0  # of all random numbers
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is one
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on cuda, off elsewhere
     compile: bool = False  # torch.compile the model
     run_dir: str = ""  # default: runs/METHOD, and a hash of the flags that differ from the defaults
-    restart: bool = False  # begin anew in a run folder that is in use
     log_every: int = 10  # steps
-    checkpoint_every: int = 100  # steps
-    picture_every: int = 500  # steps
+    save_minutes: float = 10.0  # between checkpoints, written at a log step, 0: at each; always at the end
 
 
 # --- Augmentation -------------------------------------------------------------------------------------------
@@ -132,19 +126,6 @@ def random_crop(size, min_scale, max_scale=1.0):
     """In the worker: random resized crop and flip of a uint8 image (C, H, W) -> (C, size, size)."""
     crop = v2.RandomResizedCrop(size, (min_scale, max_scale), interpolation=v2.InterpolationMode.BICUBIC)
     return v2.Compose([crop, v2.RandomHorizontalFlip()])
-
-
-def draw_numbers(shape, jitter, blur, solarize, generator, chance=0.8):
-    """Random numbers of augment for `shape` images, (*shape, 7), and its order of colours: factor of
-    brightness, contrast, saturation; turns of hue; gray 0 or 1; sigma of blur, 0: none; solarize 0 or 1.
-    jitter: strength of the first four, applied by chance; blur, solarize: probability, one or one a view."""
-    u, neutral = torch.rand((*shape, 9), generator=generator), torch.tensor([1.0, 1, 1, 0])
-    low, high = (neutral - torch.tensor(jitter)).clamp(min=neutral - 1), neutral + torch.tensor(jitter)
-    factors = torch.where(u[..., 4:5] < chance, torch.lerp(low, high, u[..., :4]), neutral)
-    sigma = torch.where(u[..., 5] < torch.tensor(blur), 0.1 + 1.9 * u[..., 6], 0.0)
-    others = torch.stack([u[..., 7] < 0.2, sigma, u[..., 8] < torch.tensor(solarize)], dim=-1)
-    numbers = torch.cat([factors, others], dim=-1)
-    return numbers, [*torch.randperm(4, generator=generator).tolist(), 4]
 
 
 def shift_hue(images, turns):
@@ -159,73 +140,109 @@ def shift_hue(images, turns):
 
 
 def gaussian_blur(images, sigma, radius):
-    """Blur with a sigma (B, 1, 1, 1) per image, 0: not at all, and a kernel of 2 radius + 1 pixels."""
+    """Blur by sigma (B, 1, 1, 1), 0: not at all; a kernel of 2 radius + 1 pixels, reflected borders."""
     offsets = torch.arange(-radius, radius + 1, device=images.device)
-    kernel = torch.softmax(-0.5 * (offsets / sigma.clamp(min=1e-3)) ** 2, dim=-1).repeat_interleave(3, dim=0)
+    exponents = -0.5 * (offsets / sigma.clamp(min=1e-3)) ** 2
+    kernel = torch.softmax(exponents, dim=-1).repeat_interleave(3, dim=0)
     x = images.flatten(0, 1)[None]  # (1, 3 B, H, W): each channel of each image is a group
     x = F.conv2d(F.pad(x, (radius, radius, 0, 0), mode="reflect"), kernel, groups=len(kernel))
     x = F.conv2d(F.pad(x, (0, 0, radius, radius), mode="reflect"), kernel.mT, groups=len(kernel))
     return x.view_as(images)
 
 
-def augment(images, numbers, order, blur_radius):
-    """On the device: uint8 (B, 3, H, W) -> normalised, each image by its numbers (B, 7) of draw_numbers; with
-    the results of torchvision's adjust_* functions. Uses shift_hue, gaussian_blur."""
-    x = images.float() / 255
-    gray_of = v2.functional.rgb_to_grayscale
-    brightness, contrast, saturation, hue, gray, sigma, solarize = numbers.view(-1, 7, 1, 1, 1).unbind(1)
+def augment(images, u, order, jitter, blur=0.0, blur_radius=0, solarize=0.0, chance=0.8):
+    """On the device: uint8 crops (B, 3, S, S) -> [0, 1], each by its own uniform random numbers u (B, 9): of
+    brightness, contrast, saturation, hue, of whether these apply, gray, blur, its sigma, solarize. jitter:
+    strength of the first four, which apply by `chance`; order: of these, 0 to 3, and gray, 4; blur, solarize:
+    probability, of all or each (B, 1, 1, 1). Colours are as torchvision's. Uses shift_hue, gaussian_blur."""
+    u = u.view(-1, 9, 1, 1, 1)
+    jittered, gray_of = u[:, 4] < chance, v2.functional.rgb_to_grayscale
+
+    def factor(i):
+        low, high = max(0, 1 - jitter[i]), 1 + jitter[i]
+        return torch.where(jittered, low + (high - low) * u[:, i], 1.0)
+
     operations = (
-        lambda x: x * brightness,
-        lambda x: torch.lerp(gray_of(x).mean(dim=(2, 3), keepdim=True), x, contrast),
-        lambda x: torch.lerp(gray_of(x), x, saturation),
-        lambda x: shift_hue(x, hue),
-        lambda x: torch.where(gray > 0, gray_of(x), x),
+        lambda x: x * factor(0),
+        lambda x: torch.lerp(gray_of(x).mean(dim=(2, 3), keepdim=True), x, factor(1)),
+        lambda x: torch.lerp(gray_of(x), x, factor(2)),
+        lambda x: shift_hue(x, jittered * jitter[3] * (2 * u[:, 3] - 1)),
+        lambda x: torch.where(u[:, 5] < 0.2, gray_of(x), x),
     )
+    x = images.float() / 255
     for i in order:
         x = operations[i](x).clamp(0, 1)
     if blur_radius:
-        x = gaussian_blur(x, sigma, blur_radius)
-    x = torch.where((solarize > 0) & (x >= 0.5), 1 - x, x)
-    return torch.stack([(x[:, c] - MEAN[c]) / STD[c] for c in range(3)], dim=1)
+        x = gaussian_blur(x, (0.1 + 1.9 * u[:, 7]) * (u[:, 6] < blur), blur_radius)
+    return torch.where((u[:, 8] < solarize) & (x >= 0.5), 1 - x, x)
+
+
+def multi_crop(args):
+    """In the worker: random_crop for each crop of an image, two global, then local ones; and how many pixels
+    its shorter side needs. Uses random_crop."""
+    crops = [random_crop(args.image_size, args.min_scale)] * 2
+    shortest = args.image_size / (0.75 * args.min_scale) ** 0.5  # even a crop of 3 : 4 is not enlarged
+    sides = [args.image_size]
+    if args.local_crops:
+        crop = random_crop(args.local_size, args.local_min_scale, args.min_scale)
+        crops += [crop] * args.local_crops
+        shortest = max(shortest, args.local_size / (0.75 * args.local_min_scale) ** 0.5)
+        sides += [args.local_size]
+    if any(side % args.patch_size for side in sides):
+        words = f"give multiples of --patch-size {args.patch_size}"
+        sys.exit(f"--image-size, --local-size {sides}: {words}")
+    return crops, shortest
+
+
+def augment_crops(crops, u, order, args):
+    """On the device, a call for each size: uint8 crops, 2 global (B, 3, S, S) and L local (B, 3, s, s), u of
+    (2 + L, B, 9) -> (2 B, 3, S, S) and, if L > 0, (L B, 3, s, s), in [0, 1]. Uses augment."""
+    crops = [crop.to(u.device, non_blocking=True) for crop in crops]
+    sides = [crop.shape[3] for crop in crops]
+    radius = min(5, min(sides) - 1) if any(args.crop_blurs) else 0
+    first, second, local = args.crop_blurs
+    is_second = torch.arange(2 * u.shape[1], device=u.device) >= u.shape[1]
+    is_second = is_second.view(-1, 1, 1, 1)
+    blur = torch.where(is_second, second, first)
+    solarize = args.solarize * is_second
+
+    x, numbers = torch.cat(crops[:2]), u[:2].flatten(0, 1)
+    augmented = [augment(x, numbers, order, args.jitter, blur, radius, solarize)]
+    if len(crops) > 2:
+        x, numbers = torch.cat(crops[2:]), u[2:].flatten(0, 1)
+        augmented += [augment(x, numbers, order, args.jitter, local, radius)]
+    return augmented
 
 
 def block_mask(grid, num_masked, rng, min_block=16):
-    """Blockwise mask (Algorithm 1, as in masking_generator.py): bool (H, W) with at most num_masked True, in
-    blocks of min_block patches or more, as far as there is room. rng: random.Random."""
-    (height, width), mask, count = grid, torch.zeros(grid, dtype=torch.bool), 0
-    while count < num_masked:
-        most = num_masked - count
-        for _ in range(10):
-            area, aspect = rng.uniform(min_block, most), math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
-            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if h < height and w < width:
-                top, left = rng.randint(0, height - h), rng.randint(0, width - w)
-                block = mask[top : top + h, left : left + w]
-                if 0 < (new := block.numel() - block.sum().item()) <= most:
-                    block.fill_(True)
-                    count += new
-                    break
-        else:
-            break
+    """Blockwise mask (Algorithm 1, as in the official code): bool (H, W), at most num_masked True, in blocks
+    of min_block patches or more, as far as there is room. rng: random.Random."""
+    mask, missing, tries = torch.zeros(grid, dtype=torch.bool), num_masked, 0
+    while missing > 0 and tries < 10:
+        tries += 1
+        area = rng.uniform(min_block, missing)
+        aspect = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if height < grid[0] and width < grid[1]:
+            top, left = rng.randint(0, grid[0] - height), rng.randint(0, grid[1] - width)
+            block = mask[top : top + height, left : left + width]
+            new = (~block).sum().item()
+            if 0 < new <= missing:
+                block.fill_(True)
+                missing, tries = missing - new, 0
     return mask
 
 
 def draw_masks(crops, mine, grid, ratios, probability, seed):
-    """Masks (len(mine), N) of those of all `crops` that stand in `mine`: a random share `probability` of all
-    has int(N u) patches hidden, at most, each u from another of equal parts of `ratios`. Uses block_mask."""
+    """Masks (len(mine), N) of `mine` of all crops. A random share `probability` of all hides patches, up to
+    int(N u), each u from another part of ratios. Uses block_mask."""
     rng, n = random.Random(seed), int(crops * probability)
-    parts = [ratios[0] + (ratios[1] - ratios[0]) * i / max(1, n) for i in range(n + 1)]
-    counts = [int(math.prod(grid) * rng.uniform(*part)) for part in pairwise(parts)] + [0] * (crops - n)
+    edges = np.linspace(*ratios, n + 1)
+    counts = [int(math.prod(grid) * rng.uniform(*part)) for part in pairwise(edges)]
+    counts += [0] * (crops - n)
     rng.shuffle(counts)
     masks = [block_mask(grid, counts[i], random.Random(hash((seed, i))), min_block=4) for i in mine]
     return torch.stack(masks).flatten(1)
-
-
-def hidden_patches(masks):
-    """Of masks (2 B, N): places of the hidden patches among all 2 B N (M,), and their weights in the iBOT
-    loss (M,), alike in a crop, 1 / 2 B together."""
-    places, counts = masks.flatten().nonzero()[:, 0], masks.sum(dim=1)
-    return places, 1 / (counts[places // masks.shape[1]] * len(masks))
 
 
 # --- Model --------------------------------------------------------------------------------------------------
@@ -242,259 +259,188 @@ class Attention(nn.Module):
         return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
 
 
-class LayerScale(nn.Module):
-    """Tokens (..., D) times a learnt factor for each channel."""
-
-    def __init__(self, dim, start):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), start))
-
-    def forward(self, x):
-        return x * self.gamma
-
-
-class SwiGLU(nn.Module):
-    """Tokens (..., D) -> (silu(x W1) * x W2) W3, with W1 and W2 in w12; as many weights as an MLP."""
-
-    def __init__(self, dim):
-        super().__init__()
-        hidden = (8 * dim // 3 + 7) // 8 * 8
-        self.w12, self.w3 = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        gate, x = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * x)
-
-
-def add_branch(x, branch, rate):
-    """x + branch(x) of x (B, N, D), by a random share 1 - rate of the B alone, times B over their number."""
-    if not rate:
-        return x + branch(x)
-    kept = torch.randperm(len(x), device=x.device)[: max(1, int(len(x) * (1 - rate)))]
-    return x.index_add(0, kept, branch(x[kept]).to(x.dtype), alpha=len(x) / len(kept))
-
-
 class DINOv2Block(nn.Module):
-    """Pre-norm block of tokens (B, N, D) with LayerScale, in timm's names; SwiGLU's are the official ones.
-    Uses Attention, LayerScale, SwiGLU, add_branch."""
+    """Pre-norm block of tokens (B, N, D) with LayerScale, in timm's names. Uses Attention."""
 
-    def __init__(self, dim, heads, ffn="mlp", layer_scale=1e-5, drop_path_rate=0.0):
+    def __init__(self, dim, heads, layer_scale=1e-5, drop_path=0.0):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn, self.drop_path_rate = Attention(dim, heads), drop_path_rate
+        self.attn, self.drop_path = Attention(dim, heads), drop_path
         layers = OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim))
-        self.mlp = SwiGLU(dim) if ffn == "swiglu" else nn.Sequential(layers)
-        self.ls1, self.ls2 = (LayerScale(dim, layer_scale) if layer_scale else nn.Identity() for _ in "12")
+        self.mlp = nn.Sequential(layers)
+        self.ls1 = nn.ParameterDict({"gamma": torch.full((dim,), layer_scale)})
+        self.ls2 = nn.ParameterDict({"gamma": torch.full((dim,), layer_scale)})
 
     def forward(self, x):
-        rate = self.drop_path_rate if self.training else 0.0
-        x = add_branch(x, lambda x: self.ls1(self.attn(self.norm1(x))), rate)
-        return add_branch(x, lambda x: self.ls2(self.mlp(self.norm2(x))), rate)
+        branch = self.ls1.gamma * self.attn(self.norm1(x))
+        x = x + stochastic_depth(branch, self.drop_path, "row", self.training)
+        branch = self.ls2.gamma * self.mlp(self.norm2(x))
+        return x + stochastic_depth(branch, self.drop_path, "row", self.training)
 
 
 VITS = {"vit_nano": (128, 6, 4), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6)}  # width, depth, heads
-VITS |= {"vit_base": (768, 12, 12), "vit_large": (1024, 24, 16), "vit_giant": (1536, 40, 24)}
+VITS |= {"vit_base": (768, 12, 12), "vit_large": (1024, 24, 16)}
 
 
-def resize_positions(pos_embed, height, width, offset=0.0, antialias=False):
-    """Positions (1, 1 + N, D) of [CLS] and a square grid -> of height x width, bicubic; equal ones stay. An
-    offset, 0.1 in DINO's official code, is added to the new sides and so shifts the grid a little."""
+def resize_positions(pos_embed, height, width):
+    """Positions (1, 1 + N, D) of [CLS] and a square grid -> of height x width, bicubic; equal ones stay.
+    As officially 0.1 is added to the new sides, which shifts the grid a little."""
     side = math.isqrt(pos_embed.shape[1] - 1)
     if (side, side) == (height, width):
         return pos_embed
     grid = rearrange(pos_embed[:, 1:], "one (h w) d -> one d h w", h=side)
-    scale = ((height + offset) / side, (width + offset) / side)
-    new = {"scale_factor": scale} if offset else {"size": (height, width)}
-    grid = F.interpolate(grid, **new, mode="bicubic", align_corners=False, antialias=antialias)
-    return torch.cat([pos_embed[:, :1], rearrange(grid, "one d h w -> one (h w) d")], dim=1)
-
-
-def from_timm_names(vit, state, prefix, *_):
-    """Before loading: timm's names, of backbone.pt, become the official ones. timm adds the position of [CLS]
-    to [CLS] itself where there are registers: it is 0 then."""
-    if prefix + "reg_token" in state:
-        state[prefix + "register_tokens"] = state.pop(prefix + "reg_token")
-        state[prefix + "pos_embed"] = F.pad(state[prefix + "pos_embed"], (0, 0, 1, 0))
-    for name in [name for name in state if isinstance(vit.blocks[0].mlp, SwiGLU) and ".mlp.fc" in name]:
-        state[name.replace("fc1", "w12").replace("fc2", "w3")] = state.pop(name)
-
-
-def to_timm_names(state):
-    """The other way: weights of a DINOv2ViT as backbone.pt has them."""
-    state = {k: v for k, v in state.items() if k != "mask_token"}
-    if "register_tokens" in state:
-        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
-        state["pos_embed"] = state["pos_embed"][:, 1:]
-    for there, here in (("register_tokens", "reg_token"), (".w12.", ".fc1."), (".w3.", ".fc2.")):
-        state = {k.replace(there, here): v for k, v in state.items()}
-    return state
+    scale = ((height + 0.1) / side, (width + 0.1) / side)
+    grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
+    patches = rearrange(grid, "one d h w -> one (h w) d")
+    return torch.cat([pos_embed[:, :1], patches], dim=1)
 
 
 class DINOv2ViT(nn.Module):
-    """Images (B, 3, H, W) of any size that patches divide -> tokens (B, 1 + R + N, D) after the norm: [CLS],
-    registers, patches, where masks (B, N) is True hidden. In the official names. block: for DINOv2Block.
-    Uses VITS, DINOv2Block, Attention, LayerScale, SwiGLU, add_branch, resize_positions, from_timm_names."""
+    """Images (B, 3, H, W) -> tokens (B, 1 + R + N, D) after the norm: [CLS], registers, patches, hidden where
+    masks (B, N) are True. Uses VITS, DINOv2Block, Attention, resize_positions."""
 
     def __init__(self, arch="vit_small", image_size=224, patch_size=14, registers=0, **block):
         super().__init__()
         dim, depth, heads = VITS[arch]
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
         self.cls_token = nn.Parameter(1e-6 * torch.randn(1, 1, dim))
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + (image_size // patch_size) ** 2, dim))
-        self.register_tokens = nn.Parameter(1e-6 * torch.randn(1, registers, dim)) if registers else None
+        patches = (image_size // patch_size) ** 2
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + patches, dim))
+        tokens = nn.Parameter(1e-6 * torch.randn(1, registers, dim))
+        self.register_tokens = tokens if registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, dim))
         self.blocks = nn.Sequential(*(DINOv2Block(dim, heads, **block) for _ in range(depth)))
-        self.norm, self.dim, self.prefix = nn.LayerNorm(dim, eps=1e-6), dim, 1 + registers
+        self.norm, self.registers = nn.LayerNorm(dim, eps=1e-6), registers
         for layer in (layer for layer in self.modules() if isinstance(layer, nn.Linear)):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-        self._register_load_state_dict_pre_hook(from_timm_names, with_module=True)  # public in torch 2.5
 
     def forward(self, images, masks=None):
-        x = self.patch_embed(images)  # its weights and bias start as PyTorch's
-        resizing = (0.1, False) if self.register_tokens is None else (0.0, True)  # offset, antialias
-        pos_embed = resize_positions(self.pos_embed, *x.shape[2:], *resizing)
+        x = self.patch_embed(images)
+        pos_embed = resize_positions(self.pos_embed, *x.shape[2:])
         x = x.flatten(2).mT
         if masks is not None:
             x = torch.where(masks[:, :, None], self.mask_token.to(x.dtype), x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + pos_embed
-        if self.register_tokens is not None:  # without positions
-            x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        cls = self.cls_token.expand(len(x), -1, -1)
+        x = torch.cat([cls, x], dim=1) + pos_embed
+        if self.register_tokens is not None:  # which have no positions
+            registers = self.register_tokens.expand(len(x), -1, -1)
+            x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
         return self.norm(self.blocks(x))
 
 
-class Prototypes(nn.Module):
-    """Linear layer (B, D) -> (B, K) without bias; its rows are weight_v, with length 1, times weight_g."""
+TIMM_NAMES = {"register_tokens": "reg_token"}  # official: timm's; the others are alike
 
-    def __init__(self, dim, out_dim, norm_last_layer=True):
-        super().__init__()
-        self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not norm_last_layer)
-        self.weight_v = nn.Parameter(nn.Linear(dim, out_dim, bias=False).weight.detach())
 
-    def forward(self, x):
-        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
+def to_timm(weights):
+    """Weights {official name: tensor} -> {timm's: tensor}, in the same memory, for backbone.pt and --init.
+    Beside registers timm's [CLS] has no position: in place, cls_token takes it. Uses TIMM_NAMES."""
+    named = {TIMM_NAMES.get(name, name): tensor for name, tensor in weights.items()}
+    del named["mask_token"]
+    if "reg_token" in named:
+        position, named["pos_embed"] = named["pos_embed"].tensor_split([1], dim=1)
+        named["cls_token"] += position
+        position.zero_()
+    return named
 
 
 class DINOHead(nn.Module):
-    """Features (B, in_dim) -> logits (B, out_dim), cosines with prototypes. Uses Prototypes."""
+    """Features (B, in_dim) -> logits (B, out_dim): cosines with prototypes, the rows of weight_v, times
+    weight_g, which norm_last_layer keeps at 1."""
 
     def __init__(self, in_dim, out_dim=65536, hidden_dim=2048, bottleneck_dim=256, norm_last_layer=True):
         super().__init__()
-        widths, layers = (in_dim, hidden_dim, hidden_dim, bottleneck_dim), []
-        for left, right in pairwise(widths):
-            layers += [nn.Linear(left, right), nn.GELU()]
-            nn.init.normal_(layers[-2].weight, std=0.02)
-            nn.init.zeros_(layers[-2].bias)
-        self.mlp = nn.Sequential(*layers[:-1])
-        self.last_layer = Prototypes(bottleneck_dim, out_dim, norm_last_layer)
+        first, second = nn.Linear(in_dim, hidden_dim), nn.Linear(hidden_dim, hidden_dim)
+        third = nn.Linear(hidden_dim, bottleneck_dim)
+        for layer in (first, second, third):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        self.mlp = nn.Sequential(first, nn.GELU(), second, nn.GELU(), third)
+        lengths = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not norm_last_layer)
+        directions = nn.Linear(bottleneck_dim, out_dim, bias=False).weight
+        self.last_layer = nn.ParameterDict({"weight_g": lengths, "weight_v": directions})
 
     def forward(self, x):
-        return self.last_layer(F.normalize(self.mlp(x), dim=1))
+        prototypes = self.last_layer.weight_g * F.normalize(self.last_layer.weight_v, dim=1)
+        return F.linear(F.normalize(self.mlp(x), dim=1), prototypes)
 
 
 class DINOv2(nn.Module):
-    """Student or teacher of Args, in the official names; a head without a loss is None. Uses DINOv2ViT,
-    DINOHead."""
+    """Student or teacher of Args, in the official names. Uses DINOv2ViT, DINOHead, VITS."""
 
     def __init__(self, args):
         super().__init__()
-        block = dict(ffn=args.ffn, layer_scale=args.layer_scale, drop_path_rate=args.drop_path_rate)
+        block = {"layer_scale": args.layer_scale, "drop_path": args.drop_path_rate}
         self.backbone = DINOv2ViT(args.arch, args.image_size, args.patch_size, args.registers, **block)
-        sizes = self.backbone.dim, args.out_dim, args.head_dim, args.bottleneck_dim, False
-        self.dino_head = DINOHead(*sizes) if args.dino_weight else None
-        shared = args.shared_head and args.dino_weight
-        self.ibot_head = DINOHead(*sizes) if args.ibot_weight and not shared else None
+        sizes = VITS[args.arch][0], args.out_dim, args.head_dim
+        self.dino_head = DINOHead(*sizes, norm_last_layer=False)
+        self.ibot_head = None if args.shared_head else DINOHead(*sizes, norm_last_layer=False)
 
     def forward(self, crops, masks, hidden, local_crops=None):
-        """Global crops (2 B, 3, S, S), masks (2 B, N) or None, places of patches (M,), local crops (L B, ...)
-        -> [CLS] of global crops (2 B, D), logits (V B, K) of [CLS] of all, (M, K) of the patches."""
+        """Global crops, their masks (2 B, N) or None, places of patches (M,), local crops -> [CLS] of global
+        crops (2 B, D), logits of [CLS] of all (V B, K), logits of these patches (M, K)."""
         x = self.backbone(crops, masks)
-        features, patches = x[:, 0], x[:, self.backbone.prefix :].flatten(0, 1)[hidden]
-        cls_logits = patch_logits = None
-        if self.dino_head is not None:
-            local = [self.backbone(local_crops)[:, 0]] if local_crops is not None else []
-            cls_logits = self.dino_head(torch.cat([features, *local]))
-        if (head := self.ibot_head or self.dino_head) is not None:
-            patch_logits = head(patches)
-        return features, cls_logits, patch_logits
+        cls, patches = x[:, 0], x[:, 1 + self.backbone.registers :]
+        every_cls = [cls]
+        if local_crops is not None:
+            every_cls += [self.backbone(local_crops)[:, 0]]
+        patch_head = self.ibot_head or self.dino_head
+        return cls, self.dino_head(torch.cat(every_cls)), patch_head(patches.flatten(0, 1)[hidden])
 
 
 # --- Loss ---------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def teacher_targets(teacher_logits, center, teacher_temp):
-    """Targets q = softmax((t - c) / T_t) of teacher logits (..., K)."""
-    centered = teacher_logits.float() - center  # no prototype is ahead: against one-hot collapse
-    return torch.softmax(centered / teacher_temp, dim=-1)  # sharpened: against uniform collapse
+    """q = softmax((t - c) / T_t) of teacher logits (..., K), as precise as the center."""
+    return torch.softmax((teacher_logits - center) / teacher_temp, dim=-1)
 
 
 @torch.no_grad()
 def sinkhorn_knopp(teacher_logits, teacher_temp, iterations=3):
-    """Targets of teacher logits (R, K), R rows of each process: exp(t / T_t), scaled in turn to equal sums of
-    the prototypes, over the rows of all processes, and to sum 1 of each row (2006.09882). Uses gather."""
-    log_q = teacher_logits.float() / teacher_temp
-    for _ in range(iterations):  # in logarithms: exp() may overflow, and constant factors cancel
+    """Targets of teacher logits (R, K): exp(t / T_t), scaled in turn to equal sums of the prototypes, over
+    the rows of all processes, and to sum 1 of each row (2006.09882). Uses gather."""
+    dtype = torch.promote_types(teacher_logits.dtype, torch.float32)
+    log_q = teacher_logits.to(dtype) / teacher_temp
+    for _ in range(iterations):  # in logarithms: exp() may overflow
         log_q = log_q - gather(log_q.logsumexp(dim=0)[None]).logsumexp(dim=0)
         log_q = log_q.log_softmax(dim=1)
     return log_q.exp()
 
 
+@torch.no_grad()
+def move_center(center, teacher_logits, m):
+    """c <- m c + (1 - m) mean of teacher logits (R, K), R rows of each process, in place. Uses gather."""
+    sums = F.pad(teacher_logits.to(center.dtype).sum(dim=0), (0, 1), value=len(teacher_logits))
+    sums = gather(sums[None]).sum(dim=0)
+    return center.lerp_((sums[:-1] / sums[-1].clamp(min=1)).expand_as(center), 1 - m)
+
+
 def dino_losses(student_logits, targets, student_temp):
-    """Cross-entropies of student logits (V, B, K) with targets (2, B, K) of crops 0 and 1: the sum over pairs
-    with a local crop, and over the two pairs of different global ones, each over the official number of
-    pairs 2 + max(2 L, 1): right for L local crops, and 3 where there are none."""
-    log_p = torch.log_softmax(student_logits.float() / student_temp, dim=-1)
+    """Cross-entropies of student logits (V, B, K) with targets (2, B, K) of crops 0, 1: the sum over pairs
+    with a local crop, and over 0, 1 and 1, 0; over 2 + 2 L of L local crops, of none officially 3."""
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    log_p = torch.log_softmax(student_logits.to(dtype) / student_temp, dim=-1)
     pairs = -torch.einsum("ubk,vbk->uv", targets, log_p) / log_p.shape[1]
     count = 2 + max(2 * (len(log_p) - 2), 1)
     return pairs[:, 2:].sum() / count, (pairs[0, 1] + pairs[1, 0]) / count
 
 
 def ibot_loss(student_logits, targets, weights, student_temp):
-    """Weighted sum of the cross-entropies of student logits (M, K) of hidden patches with targets (M, K)."""
-    log_p = torch.log_softmax(student_logits.float() / student_temp, dim=-1)
+    """Weighted sum of cross-entropies of student logits (M, K) of hidden patches with targets (M, K)."""
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    log_p = torch.log_softmax(student_logits.to(dtype) / student_temp, dim=-1)
     return -(weights[:, None] * targets * log_p).sum()
 
 
 def koleo_loss(features):
-    """-mean log distance of each of features (B, D), at length 1, to the nearest other one of this process
-    (Kozachenko-Leonenko estimator of entropy; Sec. 4)."""
-    if len(features) < 2:
-        return 0.0 * features.sum()
-    x = F.normalize(features.float(), dim=1)
+    """-mean log distance of features (B, D), at length 1, to the nearest other one (Sec. 4)."""
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    x = F.normalize(features.to(dtype), dim=1)
     nearest = (x @ x.T).detach().fill_diagonal_(-2).argmax(dim=1)
     return -(F.pairwise_distance(x, x[nearest], eps=1e-8) + 1e-8).log().mean()
 
 
-@torch.no_grad()
-def move_center(center, teacher_logits, m):
-    """c <- m c + (1 - m) mean of teacher logits (R, K), R rows of each process, in place. Uses gather."""
-    sums = F.pad(teacher_logits.float().sum(dim=0), (0, 1), value=len(teacher_logits))
-    sums = gather(sums[None]).sum(dim=0)
-    return center.lerp_((sums[:-1] / sums[-1].clamp(min=1)).expand_as(center), 1 - m)
-
-
 # --- Optimiser ----------------------------------------------------------------------------------------------
-def dino_schedule(step, total, warmup, base, final=0.0):
-    """cosine_schedule with the official warm-up: at base one step earlier. Uses cosine_schedule."""
-    if step < warmup:
-        return base * step / max(1, warmup - 1)
-    return cosine_schedule(step, total, warmup, base, final)
-
-
-def parameter_groups(model, layerwise_decay, patch_embed_lr):
-    """AdamW's groups, with lr_scale, d^(n + 1 - i) in layer i of n blocks, 0 what comes before them, and 1 in
-    the heads; decays, not biases, norms and LayerScale; last, the prototypes."""
-    depth, groups = len(model.backbone.blocks), {}
-    for name, p in model.named_parameters():
-        part, *words = name.split(".")
-        layer = depth + 1 if part != "backbone" or words[0] == "norm" else 0
-        layer = int(words[1]) + 1 if part == "backbone" and words[0] == "blocks" else layer
-        scale = layerwise_decay ** (depth + 1 - layer) * (patch_embed_lr if words[0] == "patch_embed" else 1)
-        decays = not name.endswith(".bias") and "norm" not in name and "gamma" not in name
-        groups.setdefault((scale, decays, "last_layer" in name), []).append(p)
-    names = "lr_scale", "decays", "last"
-    return [dict(zip(names, key, strict=True)) | {"params": groups[key]} for key in groups]
-
-
 @torch.no_grad()
 def momentum_update(encoder_q, encoder_k, m):
     """k <- m k + (1 - m) q for all parameters of encoder_k (key, target, teacher), not for buffers."""
@@ -503,6 +449,388 @@ def momentum_update(encoder_q, encoder_k, m):
 
 
 # --- Monitor ------------------------------------------------------------------------------------------------
+def target_moments(targets):
+    """Of targets (2, B, K): their mean (K), and behind it the mean of their entropies."""
+    entropy = torch.special.entr(targets).sum(dim=-1).mean()
+    return torch.cat([targets.mean(dim=(0, 1)), entropy[None]])
+
+
+def monitor(moments, h, losses):
+    """Metrics of target_moments, features h (N, D), losses of the whole batch; and what is wrong, {words: the
+    metric that shows it}. information: what a target tells of its image. Uses collapse_metrics."""
+    mean, entropy = moments[:-1], moments[-1].item()
+    information = torch.special.entr(mean).sum().item() - entropy
+    names = "dinov2/dino_loss", "dinov2/ibot_loss", "dinov2/koleo_loss"
+    metrics = {name: loss.item() for name, loss in zip(names, losses, strict=True)}
+    metrics |= {"dinov2/teacher_entropy": entropy, "dinov2/information": information}
+    for name, value in collapse_metrics(h, center=True).items():
+        metrics[f"monitor/{name}"] = value
+
+    problems = {}
+    if information < 0.1 and entropy < 0.5 * math.log(len(mean)):
+        words = "one-hot teacher; keep the centering, raise --teacher-temp"
+        problems[words] = "dinov2/information"
+    elif information < 0.1:
+        words = "uniform teacher; keep the sharpening, lower --teacher-temp"
+        problems[words] = "dinov2/information"
+    return metrics, problems
+
+
+# --- Training -----------------------------------------------------------------------------------------------
+def train(args: Args) -> dict:
+    """Pretrain in the run folder, from its checkpoint if it has one; returns the last metrics."""
+    may_be_zero = "local_crops jitter crop_blurs solarize mask_ratios registers drop_path_rate momentum"
+    may_be_zero += " koleo_weight final_weight_decay freeze_last_layer warmup_teacher_temp_epochs"
+    at_most = dict.fromkeys("min_scale crop_blurs solarize mask_ratios drop_path_rate momentum".split(), 1)
+    at_most |= {"local_min_scale": args.min_scale if args.local_crops else 1}
+    check_flags(args, may_be_zero, at_most)
+    transforms, shortest = multi_crop(args)
+    rank, world, device, amp = start_processes(args.device, args.amp)
+    data = Images(args, transforms, shortest)
+    images_per_pass(args, len(data.items), world)
+    per_epoch = len(data.items) // args.batch_size
+    total = args.epochs * per_epoch
+    warmup = min(total, round(args.warmup_epochs * per_epoch))
+    thaw = args.freeze_last_layer * per_epoch
+    warm = args.warmup_teacher_temp_epochs * per_epoch
+    temps = np.linspace(args.warmup_teacher_temp, args.teacher_temp, warm).tolist()
+    temps += [args.teacher_temp] * total  # T_t of each step
+
+    torch.manual_seed(args.seed)
+    student, teacher = DINOv2(args), DINOv2(args).requires_grad_(False).eval()  # no stochastic depth
+    centers = nn.ParameterList([*torch.zeros(2, 1, args.out_dim)]).requires_grad_(False)
+    model = nn.ModuleDict({"student": student, "teacher": teacher, "centers": centers}).to(device)
+    dim, depth, heads = VITS[args.arch]
+    shape = {"img_size": args.image_size, "patch_size": args.patch_size, "num_classes": 0}
+    shape |= {"embed_dim": dim, "depth": depth, "num_heads": heads, "init_values": args.layer_scale}
+    if args.registers:
+        shape |= {"reg_tokens": args.registers, "no_embed_class": True}
+    facts = {"builder": "timm.VisionTransformer", "arch_args": shape, "feature_dim": dim}
+    if args.init:
+        load_encoder(to_timm(student.backbone.state_dict()), args.init, shape)
+    teacher.load_state_dict(student.state_dict())
+
+    groups = {}
+    for name, p in student.named_parameters():
+        groups.setdefault((p.ndim > 1, "last_layer" in name), []).append(p)
+    groups = [{"decays": decays, "last": last, "params": ps} for (decays, last), ps in groups.items()]
+    optimizer = torch.optim.AdamW(groups, args.lr, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    run = open_run(args, "dinov2", parts, len(data.items), amp)  # loads its checkpoint into the parts
+    step = run.step
+    alarm_from = max(warmup, thaw, warm, min(500, total // 5))
+    if args.compile:
+        student.backbone.compile()
+        teacher.backbone.compile()
+    net = nn.parallel.DistributedDataParallel(student) if world > 1 else student
+
+    keys = data.batches(args.batch_size, step, args.epochs, rank, world)
+    workers = {"num_workers": args.workers, "worker_init_fn": ignore_signals}
+    loader = DataLoader(data, batch_sampler=keys, pin_memory=device.type == "cuda", **workers)
+    mean, std = (torch.tensor(numbers, device=device).view(3, 1, 1) for numbers in (MEAN, STD))
+    grid = (args.image_size // args.patch_size,) * 2
+    mine = torch.arange(2 * args.batch_size).view(2, world, -1)[:, rank].flatten().tolist()
+    if rank == 0:
+        print(f"{args.arch}, {amp}, {world} x {device}, effective learning rate {args.lr:g}, {total} steps")
+
+    with guarded(run, total) as signals:  # torchrun: none; adds run.bar, save_at
+        for *crops, _ in loader:  # all epochs that are left
+            lr = cosine_schedule(step, total, warmup, args.lr, 1e-6)
+            decay = cosine_schedule(step, total, 0, args.weight_decay, args.final_weight_decay)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0 if group["last"] and step < thaw else lr  # with moments, unlike DINO's
+                group["weight_decay"] = decay if group["decays"] else 0.0
+            momentum = cosine_schedule(step, total, 0, args.momentum, 1.0)
+            teacher_temp = temps[step] if args.sharpening else args.student_temp
+
+            generator = seeded(3, args.seed, step)  # 1: crops, 2: order of the images, 3: augment
+            u = torch.rand(len(crops), args.batch_size, 9, generator=generator)
+            u = u.chunk(world, dim=1)[rank].to(device, non_blocking=True)
+            order = [*torch.randperm(4, generator=generator).tolist(), 4]
+            pixels = augment_crops(crops, u, order, args)
+
+            seed = seeded(5, args.seed, step).initial_seed()
+            masks = draw_masks(2 * args.batch_size, mine, grid, args.mask_ratios, 0.5, seed)
+            counts = masks.sum(dim=1)
+            weights = 1 / (len(masks) * counts.repeat_interleave(counts))  # 1 / 2B for each crop
+            hidden = masks.flatten().nonzero()[:, 0]
+            masks, weights, hidden = (x.to(device, non_blocking=True) for x in (masks, weights, hidden))
+            if step == 0 and rank == 0:  # hidden patches are black
+                seen = F.interpolate((~masks).view(-1, 1, *grid).float(), args.image_size)
+                torchvision.utils.save_image((pixels[0] * seen)[:32], run.folder / "views.png")
+
+            images = [(x - mean) / std for x in pixels]
+            torch.manual_seed(seeded(4, args.seed, step, rank).initial_seed())  # of stochastic depth
+            with torch.autocast(device.type, amp, enabled=amp is not None):
+                h, *taught = teacher(images[0], None, hidden)  # which takes no gradient
+                cls, cls_logits, patch_logits = net(images[0], masks, hidden, *images[1:])
+            cls_logits = cls_logits.unflatten(0, (len(crops), -1))
+
+            pairs = [*zip(taught, centers, strict=True)]  # of [CLS], of patches
+            if args.sinkhorn:
+                targets = [sinkhorn_knopp(logits, teacher_temp) for logits in taught]
+            else:
+                targets = [teacher_targets(*pair, teacher_temp) for pair in pairs]
+            for logits, center in pairs if args.centering and not args.sinkhorn else ():
+                move_center(center, logits, 0.9)  # after its use
+            cls_targets = targets[0].unflatten(0, (2, -1))
+
+            dino = sum(dino_losses(cls_logits, cls_targets, args.student_temp))
+            ibot = ibot_loss(patch_logits, targets[1], weights, args.student_temp)
+            koleo = sum(koleo_loss(crop) for crop in cls.chunk(2))
+            loss = dino + ibot + args.koleo_weight * koleo
+
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            networks = [[*part.parameters()] for part in student.children()]
+            norms = [nn.utils.clip_grad_norm_(part, args.clip_norm) for part in networks]
+
+            step += 1
+            run.bar.update()
+            at_log = step == 1 or step % args.log_every == 0 or step == total
+            if at_log or signals:  # only here does a step wait for the device, float16's scaler apart
+                losses = torch.stack([loss, dino, ibot, koleo]).detach()
+                loss, *losses = gather(losses[None]).mean(dim=0)  # of all processes
+                grad_norm = torch.stack(norms).norm()
+                check_finite(step, loss, grad_norm, scaler)
+            scaler.step(optimizer)
+            scaler.update()
+            momentum_update(student, teacher, momentum)  # after the step
+
+            if at_log:
+                metrics = {"train/loss": loss.item(), "train/lr": lr, "train/grad_norm": grad_norm.item()}
+                moments = gather(target_moments(cls_targets)[None]).mean(dim=0)
+                found, problems = monitor(moments, gather(h), losses)
+                log_metrics(run, step, metrics | found, problems, alarm_from)
+            if at_log and time.monotonic() >= run.save_at:
+                save_run(run, step, to_timm(deepcopy(teacher.backbone.state_dict())), **facts)
+            if signals:
+                break
+
+        save_run(run, step, to_timm(deepcopy(teacher.backbone.state_dict())), **facts)
+    return run.recent[-1] if run.recent else {}
+
+
+# --- Plumbing -----------------------------------------------------------------------------------------------
+THINGS = (0x183C7EFFFF7E6666, 0x183C7E3C7EFF1818, 0x3C2CFFFFFF6600, 0x101814161EFF7E3C, 0x81C3FF99FF7E3C18)
+THINGS += (0x3C7EFFFF18181C3C, 0xFCFEFEFCFC7800, 0x1C22221C08180C08, 0x60FC67EFE7C1018, 0x185A3C185ADB7E18)
+IMAGE_ENDINGS = (b".jpg", b".jpeg", b".png", b".bmp", b".webp", b".tif", b".tiff")
+TESTS = ("val", "valid", "validation", "test", "testing")
+NOT_TRAINING = ("workers", "device", "compile", "run_dir", "log_every", "save_minutes")
+
+
+def demo_image(index):
+    """Photo `index` of a small world, 48 x 48, and its class: one of ten THINGS, from a house to a flower."""
+    rng = random.Random(index)
+    label, scale, light = rng.randrange(10), rng.uniform(0.35, 0.9), rng.uniform(0.35, 1.0)
+    thing = Image.frombytes("1", (8, 8), THINGS[label].to_bytes(8, "big")).convert("L")
+    thing = thing.resize((round(48 * scale),) * 2, Image.BICUBIC)
+    thing = thing.rotate(rng.uniform(-25, 25), Image.BICUBIC, expand=True)
+    corner = tuple(rng.randint(*sorted((0, 48 - side))) for side in thing.size)
+    image = Image.new("RGB", (48, 48), (180, 205, 235))
+    image.paste(((140, 70, 50), (50, 105, 60), (95, 75, 150))[label % 3], corner, thing)
+    image = Image.blend(Image.new("RGB", (48, 48)), image, light)
+    noise = Image.frombytes("L", (48, 48), rng.randbytes(48 * 48)).convert("RGB")
+    return Image.blend(image, noise, 0.25), label
+
+
+def image_paths(folder):
+    """Paths of the images below a folder, sorted: an array of bytes, which workers share, with room for any
+    name. Hidden (.thumbnails, ._IMG.jpg, @eaDir) is no photo; links are followed where nothing else leads."""
+    files, entered, waiting, hidden = [], set(), [os.fsencode(folder)], (b".", b"@", b"__MACOSX")
+    while waiting:  # first without links
+        for at, folders, names in os.walk(waiting.pop(0)):
+            if os.path.realpath(at) in entered:
+                folders.clear()
+                continue
+            entered.add(os.path.realpath(at))
+            folders[:] = sorted(name for name in folders if not name.startswith(hidden))
+            waiting += [link for name in folders if os.path.islink(link := os.path.join(at, name))]
+            files += [os.path.join(at, name) for name in names if not name.startswith(hidden)]
+
+    images = [file for file in files if file.lower().endswith(IMAGE_ENDINGS)]
+    if not images:
+        found = b" ".join(sorted({os.path.splitext(file)[1] for file in files})).decode(errors="replace")
+        readable = b" ".join(IMAGE_ENDINGS).decode()
+        words = "no images found" if os.path.isdir(folder) else "there is no such folder"
+        sys.exit(f"--data {folder}: {words}; reads {readable}, found {found or 'nothing'}")
+    return np.array(sorted(images))
+
+
+def stretched(image):
+    """A picture of one deep band -> 8 bits: what is finite and not nodata, from its .1 to 99.9 percentile."""
+    values = np.asarray(image, dtype=np.float64)
+    nodata = float(getattr(image, "tag_v2", {}).get(42113, -9999))  # GDAL's tag, and the custom
+    valid = np.isfinite(values) & ~np.isclose(values, nodata, rtol=1e-6, atol=0)
+    low, high = np.percentile(values[valid], (0.1, 99.9)) if valid.any() else (0, 0)
+    if low == high and valid.any():
+        low, high = values[valid].min(), values[valid].max()
+    if low == high:
+        return Image.new("L", image.size, 128)
+    values = np.where(valid, values, low).clip(low, high)
+    return Image.fromarray(np.uint8((values - low) / (high - low) * 255 + 0.5))
+
+
+def read_image(file, shortest):
+    """Any photo, a path or an open file, as upright 8-bit RGB, on white where it is transparent. A large JPEG
+    is decoded smaller, no side below `shortest` pixels. Uses stretched."""
+    if not hasattr(file, "read"):
+        with open(file, "rb") as opened:  # by its path a raw TIFF would be mapped, and turned wrongly
+            return read_image(opened, shortest)
+    Image.MAX_IMAGE_PIXELS = None  # phones make 200 megapixels
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # of a broken file we say more
+    image = Image.open(file)
+    if image.width * image.height > 2**28:
+        raise ValueError(f"claims to have {image.width} x {image.height} pixels")
+    image.draft(None, (math.ceil(shortest),) * 2)
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+
+    if image.mode[0] in "IF":
+        image = stretched(image)
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def seeded(*integers):
+    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step, 4 layers), seed, number; no strings,
+    whose hash differs between processes. So workers, processes and a resume change nothing."""
+    return torch.Generator().manual_seed(hash(integers) % 2**63)
+
+
+def ignore_signals(worker):
+    """In a worker: the training process gets them too, and ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def open_data(data):
+    """What --data names, to be indexed: pairs (image, label), rows of Arrow {"image": ...}, or paths."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if data == "demo":
+        return [demo_image(index) for index in range(4096)]
+    if os.path.isdir(data) and {"dataset_info.json", "dataset_dict.json"} & {*os.listdir(data)}:
+        try:
+            import datasets  # Hugging Face's; its files are mapped, workers copy nothing
+
+            rows = datasets.load_from_disk(data)
+            rows = rows["train"] if isinstance(rows, dict) else rows
+            return rows.select_columns("image").cast_column("image", datasets.Image(decode=False))
+        except Exception as error:
+            sys.exit(f"--data {data}: needs `pip install datasets`, a column image, a split train ({error})")
+
+    if os.path.isdir(data):
+        paths, names = image_paths(data), os.listdir(data)
+        has_train = {"train", "training"} & {name.lower() for name in names}
+        for name in [name for name in names if has_train and name.lower() in TESTS]:
+            is_test = np.char.startswith(paths, os.fsencode(os.path.join(data, name, "")))
+            paths = paths[~is_test]
+            if rank == 0:
+                print(f"{is_test.sum()} images in {os.path.join(data, name)} are left out")
+        return paths
+
+    if rank > 0:
+        dist.barrier()  # process 0 downloads, then the others read
+    try:
+        pairs = getattr(torchvision.datasets, data)("data", download=True)
+    except Exception as error:
+        words = f"no such folder, no download by torchvision ({' '.join(str(error).split())})"
+        sys.exit(f"--data {data}: {words}; give a folder, or demo")
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
+    return pairs
+
+
+class Images(Dataset):
+    """Images of --data; item epoch x n + index is (*views, index), random by that key alone: what functions
+    `views` make of a uint8 image (3, H, W), read with at least `shortest` pixels a side."""
+
+    def __init__(self, args, views, shortest):
+        self.args, self.views, self.shortest = args, views, shortest
+        self.items, self.broken = open_data(args.data), set()
+
+    def __getitem__(self, key):
+        for number in range(key, key + 100):
+            index = number % len(self.items)
+            name = f"{self.args.data}[{index}]"
+            try:
+                item = self.items[index]
+                if isinstance(item, bytes):
+                    name = item.decode(errors="backslashreplace")
+                    image = read_image(item, self.shortest)
+                elif isinstance(item, dict):
+                    image = read_image(io.BytesIO(item["image"]["bytes"]), self.shortest)
+                else:
+                    image = item[0].convert("RGB")
+                torch.default_generator.manual_seed(seeded(1, self.args.seed, key).initial_seed())
+                pixels = v2.functional.pil_to_tensor(image)  # resizes 3 x as fast as PIL, alike to 2 of 255
+                return *(view(pixels) for view in self.views), index
+            except Exception as error:  # whatever a decoder raises
+                if index not in self.broken:
+                    words = str(error).partition(" <")[0]  # without the name of Pillow's object
+                    tqdm.write(f"{name} cannot be read, the next takes its place: {words}", sys.stderr)
+                self.broken.add(index)
+        raise OSError(f"--data: 100 files in a row cannot be read, the last is {name}")
+
+    def batches(self, batch_size, step, epochs, rank, world):
+        """Keys of this process's slice of each global batch from `step` on; an epoch drops its rest."""
+        n, per_epoch = len(self.items), len(self.items) // batch_size
+        for epoch in range(step // per_epoch, epochs):
+            keys = epoch * n + torch.randperm(n, generator=seeded(2, self.args.seed, epoch))
+            for batch in keys.split(batch_size)[step % per_epoch : per_epoch]:
+                yield batch.chunk(world)[rank].tolist()
+            step = 0
+
+
+def check_flags(args, may_be_zero, at_most):
+    """SystemExit unless all numbers are above 0, or 0 if named in may_be_zero, and at most at_most[name]."""
+    may_be_zero += " epochs micro_batch_size weight_decay warmup_epochs workers seed save_minutes"
+    for name, value in asdict(args).items():
+        for number in value if isinstance(value, tuple) else [value]:
+            least, most = 0 if name in may_be_zero.split() else 1e-12, at_most.get(name, 2**63 - 1)
+            if type(number) in (int, float) and not least <= number <= most:
+                allowed = f"{'above' if least else 'at least'} 0 and at most {most}"
+                sys.exit(f"--{name.replace('_', '-')} {value}: must be {allowed}")
+
+
+def images_per_pass(args, images, world):
+    """By --micro-batch-size; SystemExit unless processes share the batch, and passes a process's, evenly."""
+    if not 2 * world <= args.batch_size <= images or args.batch_size % world:
+        allowed = f"give a multiple of {world}, from {2 * world} to {images}, the images in {args.data}"
+        sys.exit(f"--batch-size {args.batch_size}: {allowed}")
+    share = args.batch_size // world
+    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    micro = getattr(args, "micro_batch_size", 0) or share
+    if micro not in sizes:
+        sys.exit(f"--micro-batch-size {micro}: give what divides the {share} of a process: {sizes}")
+    return micro
+
+
+def start_processes(device, amp):
+    """From torchrun's environment: rank, number of processes, device, autocast type (None: float32)."""
+    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if world > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        sys.exit(f"WORLD_SIZE is {world}, without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: use torchrun")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            sys.exit(f"--device cuda: no GPU for process {local} of this machine; use --device cpu")
+        torch.cuda.set_device(local)
+    if world > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+
+    if amp == "auto" and device == "cuda":
+        amp = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+    return rank, max(world, 1), torch.device(device, local if device == "cuda" else 0), dtype
+
+
 def gather(rows):
     """Rows (B, ...) of this process -> of all, by rank; with gradient, the sum of what all processes send."""
     if not dist.is_initialized():
@@ -516,18 +844,23 @@ def gather(rows):
     return gathered
 
 
+def cosine_schedule(step, total, warmup, base, final=0.0):
+    """From 0 in a straight line to base at step `warmup`, then in half a cosine to final at step `total`."""
+    if step < warmup:
+        return base * step / warmup
+    return final + (base - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup or 1)))
+
+
 @torch.no_grad()
 def collapse_metrics(features, center=False):
-    """How much room features (B, D) take, of all processes together (all must call it). Uses gather.
-    feature_std: sqrt(D) x mean std of rows of length 1; 1 isotropic, 0 all alike. spread: 1 - |mean row|^2.
-    effective_rank: RankMe (arXiv 2210.02885), directions in use of min(rows, D); center departs, for h."""
-    z = gather(features.detach().float())
-    z = (z.cpu() if z.is_mps else z).double()
+    """How much room the first 2,048 rows of features (B, D) take. feature_std: sqrt(D) x mean std of rows of
+    length 1; 1 isotropic, 0 all alike. spread: 1 - |mean row|^2. effective_rank: RankMe (arXiv 2210.02885),
+    directions in use of min(rows, D); center: of rows less their mean, as RankMe does not."""
+    z = features[:2048].double()
     unit = F.normalize(z, dim=1)
-    std, spread = (
-        z.shape[1] ** 0.5 * unit.std(dim=0, correction=min(1, len(unit) - 1)).mean(),
-        1 - unit.mean(dim=0).square().sum(),
-    )
+    std = z.shape[1] ** 0.5 * unit.std(dim=0, correction=min(1, len(unit) - 1)).mean()
+    spread = 1 - unit.mean(dim=0).square().sum()
+
     centered = z - z.mean(dim=0) if center else z
     rank = torch.ones(())  # of nearly constant rows, whose rounding noise would have a high one
     if centered.norm() > 1e-3 * z.norm():
@@ -538,502 +871,171 @@ def collapse_metrics(features, center=False):
     return {"feature_std": std.item(), "spread": spread.item(), "effective_rank": rank.item()}
 
 
-@torch.no_grad()
-def target_metrics(targets, weights, loss):
-    """Of targets (R, K), R rows of each process (all must call it), weights (R,) and weighted sum of losses:
-    entropy of a target; KL divergence, what the student does not know; information, entropy of the mean
-    target less that of one; number of prototypes that are some target's first. Uses gather."""
-    entropy = weights @ torch.special.entr(targets).sum(dim=1)
-    sums = torch.cat([torch.stack([weights.sum(), loss, entropy]), weights @ targets])
-    total, *sums = gather(sums[None]).sum(dim=0).split([1, 1, 1, targets.shape[1]])
-    loss, entropy, mean = (part / total.clamp(min=1e-12) for part in sums)
-    used = gather(torch.bincount(targets.argmax(dim=1), minlength=len(mean))[None]).sum(dim=0)
-    information = torch.special.entr(mean).sum() - entropy
-    values = {"teacher_entropy": entropy, "kl": loss - entropy, "information": information}
-    return {k: v.item() for k, v in values.items()} | {"prototypes_used": (used > 0).sum().item()}
+def open_run(args, method, parts, images, amp):
+    """The run: its folder and what a checkpoint there holds, which goes into the parts, too. SystemExit if it
+    is a run of other flags, another number of images or autocast type."""
+    flags = asdict(args) | {"data": os.path.normpath(args.data)}  # photos/ is photos
+    flags = {name: value for name, value in flags.items() if name not in NOT_TRAINING}
+    changed = {name: value for name, value in flags.items() if value != getattr(type(args), name)}
+    mark = "-" + hashlib.sha1(json.dumps(changed).encode()).hexdigest()[:8] if changed else ""
+    folder = Path(args.run_dir or f"runs/{method}{mark}")
+    record = json.loads(json.dumps({"method": method} | flags | {"images": images, "autocast": str(amp)}))
+    anew = f"to begin anew delete {folder}, or give another --run-dir"
+    state = {"step": 0, "logged": 0, "recent": [], "first": {}, "streak": 0, "alarm": 0.0, "words": ""}
+    try:
+        held = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else record
+        differ = [name for name in record if held.get(name) != record[name]]
+        if differ:
+            words = ", ".join(f"{name} {held.get(name)}, not {record[name]}" for name in differ)
+            hint = f" and --init {folder}/backbone.pt" * ({*differ} <= {"epochs", "images"})
+            sys.exit(f"{folder} holds a run with {words}: {anew}{hint}")
+        if (folder / "checkpoint.pt").exists():
+            saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            state = {name: saved[name] for name in state}
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+
+        run = SimpleNamespace(folder=folder, args=args, method=method, parts=parts, kept=[*state], **state)
+        run.rank = dist.get_rank() if dist.is_initialized() else 0
+        run.per_epoch = images // args.batch_size
+        if run.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "args.json").exists():
+                temporary = folder / f"args.json.{os.getpid()}.tmp"  # others may read it now
+                temporary.write_text(json.dumps(record | {"torch": torch.__version__}, indent=1))
+                os.replace(temporary, folder / "args.json")
+            with open(folder / "metrics.jsonl", "a") as log:
+                log.truncate(min(log.tell(), run.logged))  # what came after the checkpoint is done again
+            print(f"{images} images in {args.data}. Run folder {folder}, step {run.step}")
+        return run
+    except Exception as error:  # of the disk, or of a damaged file
+        words = " ".join(str(error).split())[:150]
+        sys.exit(f"{folder}: args.json or checkpoint.pt is damaged, or the disk is full: {words}: {anew}")
 
 
-@torch.no_grad()
-def pca_picture(images, patches):
-    """Page (3, H, W) in [0, 1]: images (B, 3, H, W), and beside each the first three principal components of
-    the patch tokens (B, N, D) of all of them as red, green, blue."""
-    x = patches.float().flatten(0, 1).nan_to_num(0, 0, 0)  # a diverged run ends with the loss's message
-    axes = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False)[2]
-    axes = F.pad(axes, (0, 0, 0, 2))[:3]  # of one or two tokens there are fewer
-    low, high = (colors := x @ axes.T).aminmax(dim=0)
-    colors = ((colors - low) / (high - low).clamp(min=1e-8)).unflatten(0, patches.shape[:2])
-    zoom = math.isqrt(images.shape[2] * images.shape[3] // patches.shape[1])
-    maps = rearrange(colors, "b (h w) c -> b c h w", h=images.shape[2] // zoom)
-    maps = maps.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    pixels = images * images.new_tensor(STD).view(3, 1, 1) + images.new_tensor(MEAN).view(3, 1, 1)
-    rows = torch.stack([pixels.clamp(0, 1), maps], dim=1).flatten(0, 1)
-    return torchvision.utils.make_grid(F.interpolate(rows, scale_factor=math.ceil(96 / images.shape[3])), 4)
+def load_encoder(encoder, path, arch_args):
+    """Start the encoder {name: tensor} from a backbone.pt (--init); all of it has to fit."""
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+        weights, heads = held["state_dict"], arch_args.get("num_heads")  # which no shape shows
+        alike = {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in encoder.items()}
+        if not alike or held.get("arch_args", {}).get("num_heads", heads) != heads:
+            raise ValueError("its weights are not those of this encoder")
+    except Exception as error:  # no such file, no backbone.pt
+        sys.exit(f"--init {path}: {' '.join(str(error).split())[:200]}; convert.py makes a backbone.pt")
+    for name, tensor in encoder.items():
+        tensor.copy_(weights[name])
 
 
-def collapse_alarm(state, step, armed_after, problems):
-    """1.0 from the third log point in a row with a problem, {words: holds}, printed once, to the third
-    without; counts after step armed_after. state: {} at first, kept in the checkpoint."""
-    if step > armed_after:
-        last = state["last"] = [*state.get("last", ()), any(problems.values())][-3:]
-        if last == [True] * 3 and not state.get("rings"):
-            tqdm.write(f"COLLAPSE at step {step}: " + " | ".join(w for w in problems if problems[w]))
-        state["rings"] = last == [True] * 3 or (state.get("rings", False) and last != [False] * 3)
-    return float(state.get("rings", False))
+@contextlib.contextmanager
+def guarded(run, total, last=True):
+    """Around the loop. In one process Ctrl-C and SIGTERM go into the list it yields, so that it ends after
+    the step in hand; a second one ends at once. Errors of disk and workers end in one line. last: no loop
+    comes after it."""
+    signals, hook = [], threading.excepthook
+
+    def note(number, frame):
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+
+    alone = not dist.is_initialized() and threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM) if alone}
+    threading.excepthook = lambda _: None  # of TensorBoard, where the disk is full: its next call says so
+    run.since, run.last = time.monotonic(), run.step
+    run.save_at = run.since + 60 * run.args.save_minutes
+    try:
+        writer = SummaryWriter(run.folder, purge_step=run.step + 1) if run.rank == 0 else None
+        writer = writer or contextlib.nullcontext()
+        with tqdm(total=total, initial=run.step, disable=run.rank > 0) as run.bar, writer as run.board:
+            yield signals
+    except (KeyboardInterrupt, OSError) as error:
+        traceback.clear_frames(error.__traceback__)  # or the loader lives on and waits for its workers
+        words = (str(error) or "interrupted").splitlines()[-1]
+        sys.exit(f"{words}; the same command goes on from the last checkpoint")
+    finally:
+        threading.excepthook = hook
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    if signals:
+        sys.exit(f"stopped after step {run.step}, saved; the same command goes on")
+    if run.rank == 0:
+        print(f"{run.folder}/backbone.pt: {run.words}")
+    if last and dist.is_initialized():
+        dist.barrier()  # in torch 2.4 gloo may wait for ever in the next line
+        dist.destroy_process_group()
 
 
-# --- Plumbing -----------------------------------------------------------------------------------------------
-WORLD = dict(house=0x183C7EFFFF7E6666, tree=0x183C7E3C7EFF1818, car=0x3C2CFFFFFF6600, boat=0x101814161EFF7E3C)
-WORLD |= dict(cat=0x81C3FF99FF7E3C18, mushroom=0x3C7EFFFF18181C3C, cup=0x00FCFEFEFCFC7800)
-WORLD |= dict(key=0x1C22221C08180C08, bird=0x060FC67EFE7C1018, flower=0x185A3C185ADB7E18)  # 8 x 8 bitmaps
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-NOT_TRAINING = "workers device compile run_dir restart log_every checkpoint_every picture_every".split()
+def check_finite(step, loss, grad_norm, scaler):
+    """SystemExit if the loss, or the gradient of a step that float16 would not skip, is absurd."""
+    skips = scaler.is_enabled() and scaler.get_scale() > 1
+    if not (loss if skips else loss + grad_norm) < 1e9:
+        remedy = "lower the learning rate; or are the images of a batch all alike, black?"
+        sys.exit(f"step {step}: loss {loss:g}, gradient {grad_norm:g}; {remedy}")
 
 
-def demo_image(index):
-    """Photo `index` of a small built-in world: 48 x 48 RGB, its class 0..9, its caption."""
-    rng = random.Random(index)
-    label, scale, light = rng.randrange(10), rng.uniform(0.35, 0.9), rng.uniform(0.35, 1.0)
-    name, bitmap = list(WORLD.items())[label]
-    thing = Image.frombytes("1", (8, 8), bitmap.to_bytes(8, "big")).convert("L")
-    thing = thing.resize((round(48 * scale),) * 2, Image.BICUBIC)
-    thing = thing.rotate(rng.uniform(-25, 25), Image.BICUBIC, expand=True)
-    x, y = (rng.randint(*sorted((0, 48 - side))) for side in thing.size)
-    image = Image.new("RGB", (48, 48), (180, 205, 235))
-    image.paste(((140, 70, 50), (50, 105, 60), (95, 75, 150))[label % 3], (x, y), thing)
-    image = Image.blend(Image.new("RGB", (48, 48)), image, light)
-    noise = Image.frombytes("L", (48, 48), rng.randbytes(48 * 48)).convert("RGB")
-    size, side = "big" if scale > 0.625 else "small", "left" if x + thing.width / 2 < 24 else "right"
-    caption = f"a {size} {name} on the {side} {'by day' if light > 0.675 else 'at dusk'}"
-    return Image.blend(image, noise, 0.25), label, caption
+def log_metrics(run, step, metrics, problems, alarm_from):
+    """Metrics {tag: value} to metrics.jsonl, TensorBoard and the bar. The alarm rings from the third time in
+    a row, after step alarm_from, with a problem {words: tag} whose metric is hardly better than ten times
+    ago, to the third without."""
+    before = run.recent[0] if run.recent else metrics
+    better = {tag: metrics[tag] > before[tag] + 0.01 + 0.1 * abs(before[tag]) for tag in problems.values()}
+    lasting = [words for words, tag in problems.items() if not better[tag]]
+    if step > alarm_from:
+        run.streak = max(run.streak, 0) + 1 if lasting else min(run.streak, 0) - 1
+    if run.streak == 3 and not run.alarm and run.rank == 0:
+        tqdm.write(f"COLLAPSE at step {step}: {' | '.join(lasting)}")
+    if abs(run.streak) >= 3:
+        run.alarm = float(run.streak > 0)
+    metrics["monitor/alarm"] = run.alarm
+    now, seen = time.monotonic(), run.args.batch_size * (step - run.last)
+    metrics["perf/images_per_second"] = seen / (now - run.since)
 
-
-def read_image(path, image_size, min_scale):
-    """Any photo as upright 8-bit RGB. A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size if even then the
-    smallest crop (min_scale of the area, aspect 3/4) has image_size pixels a side."""
-    Image.MAX_IMAGE_PIXELS = None  # phones make 200 megapixels
-    with open(path, "rb") as file:  # by its path a raw TIFF would be mapped into memory, and turned wrongly
-        image = Image.open(file)
-        shrink = max(1, min(*image.size, math.sqrt(0.75 * min_scale * math.prod(image.size))) / image_size)
-        image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda value: value / 257)  # 16 bits, which convert() would clip
-    return image.convert("RGB")
-
-
-class Images(Dataset):
-    """Images of --data, no labels: item epoch x len + index is a list of views, random by that key alone."""
-
-    def __init__(self, data, views, seed, image_size, min_scale, rank):
-        self.views, self.seed, self.reading, ignored = views, seed, (image_size, min_scale), 0
-        if data == "demo":
-            self.items = [demo_image(index) for index in range(4096)]
-        elif os.path.isdir(data):
-            root = os.path.join(data, "train" if os.path.isdir(os.path.join(data, "train")) else "")
-            walk = os.walk(root, followlinks=True)
-            files = sorted(os.path.join(at, name) for at, _, names in walk for name in names)
-            self.items = [file for file in files if file.lower().endswith(IMAGE_ENDINGS)]
-            ignored = len(files) - len(self.items)
-        else:
-            if rank:
-                dist.barrier()  # the first process downloads, then the others read
-            try:
-                self.items = getattr(torchvision.datasets, data)("data", download=True)
-            except Exception as error:  # no such name, no network
-                raise SystemExit(f"--data {data}: no folder, no download ({error}). Give a folder, or demo")
-            if dist.is_initialized() and not rank:
-                dist.barrier()
-        self.found = f"{len(self.items)} images in {data}, {ignored} other files ignored"
-
-    def __getitem__(self, key):
-        for number in range(key, key + 100):
-            item = index = number % len(self.items)
-            try:
-                item = self.items[index]
-                image = read_image(item, *self.reading) if isinstance(item, str) else item[0].convert("RGB")
-                torch.default_generator.manual_seed(hash((self.seed, 1, key)) % 2**32)
-                pixels = v2.functional.pil_to_tensor(image)  # resizes 3 x as fast as PIL, alike to 2 of 255
-                return self.sample(index, pixels)
-            except Exception as error:  # whatever a decoder raises
-                warnings.warn(f"{item} cannot be read, the next one takes its place: {error}", stacklevel=2)
-        raise OSError(f"--data: 100 files in a row cannot be read, the last is {item}")
-
-    def sample(self, index, pixels):
-        return [view(pixels) for view in self.views]
-
-    def batches(self, batch_size, step, epochs, rank, world):
-        """Keys of this process's slice of each global batch from `step` on, dropping an epoch's rest."""
-        n = len(self.items)
-        start, skip = divmod(step, n // batch_size)
-        for epoch in range(start, epochs):
-            shuffle = torch.Generator().manual_seed(hash((self.seed, 2, epoch)) % 2**32)
-            for batch in torch.randperm(n, generator=shuffle).split(batch_size)[skip : n // batch_size]:
-                yield (epoch * n + batch.chunk(world)[rank]).tolist()
-            skip = 0
-
-
-def check_flags(args, may_be_zero, **at_most):
-    """SystemExit unless all numbers are above 0, or 0 if in may_be_zero, and at most at_most[name]."""
-    for name, value in asdict(args).items():
-        least, limit = 0 if name in may_be_zero else 1e-12, 2**63 - 1 if name == "seed" else 1e99
-        most = at_most.get(name, limit)
-        numbers = [x for x in (value if isinstance(value, tuple) else [value]) if type(x) in (int, float)]
-        if not all(least <= number <= most for number in numbers):
-            allowed = ("above 0" if least else "0 or more") + (f", at most {most}" if most < 1e99 else "")
-            raise SystemExit(f"--{name.replace('_', '-')} {value}: must be {allowed}")
-
-
-def start_processes(device, amp):
-    """From torchrun's environment: rank, number of processes, device, autocast type (None: float32)."""
-    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    mps = torch.backends.mps.is_available() and world < 2  # gloo cannot gather its tensors
-    here = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
-    kind = next(kind for kind in here if here[kind]) if device == "auto" else device
-    if not here[kind]:
-        raise SystemExit(f"--device {kind}: PyTorch finds none on this machine; use --device auto")
-    if kind == "cuda":
-        if local >= torch.cuda.device_count():
-            raise SystemExit(f"process {local + 1} of this machine has no GPU; lower --nproc-per-node")
-        torch.cuda.set_device(local)
-    if world > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    auto = "off" if kind != "cuda" else "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[auto if amp == "auto" else amp]
-    return rank, max(world, 1), torch.device(kind, local if kind == "cuda" else 0), dtype
-
-
-def cosine_schedule(step, total, warmup, base, final=0.0):
-    """From 0 in a straight line to base at step `warmup`, then in half a cosine to final at step `total`."""
-    if step < warmup:
-        return base * step / warmup
-    return final + (base - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    run.since, run.last = now, step
+    run.first, run.recent = run.first or metrics, [*run.recent, metrics][-10:]
+    own = [tag for tag in metrics if tag.startswith(("train/loss", run.method, "monitor/effective_rank"))]
+    run.words = ", ".join(f"{tag.split('/')[1]} {metrics[tag]:.4g}" for tag in own[:4])
+    run.bar.set_postfix_str(run.words)
+    if run.rank == 0:
+        for tag, value in metrics.items():
+            run.board.add_scalar(tag, value, step)
+        line = {"step": step, "epoch": (step - 1) // run.per_epoch}
+        line |= {tag: value for tag, value in metrics.items() if math.isfinite(value)}
+        with open(run.folder / "metrics.jsonl", "a") as log:
+            log.write(json.dumps(line) + "\n")
 
 
 def save_checkpoint(path, **state):
     """Write tensors and plain dicts in one step: a kill at any moment leaves the old file or the new one."""
-    with open(f"{path}.tmp", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
-
-
-def load_checkpoint(path, method):
-    """What save_checkpoint wrote, on the CPU; SystemExit if it is damaged or another method's."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # of zip, pickle or the disk
-        state = {}
-    if not isinstance(state, dict) or state.get("method") != method:
-        raise SystemExit(f"{path} is damaged, or not of {method}: use another --run-dir, or --restart")
-    return state
-
-
-def load_encoder(model, prefix, path, rank):
-    """Start the encoder, `prefix` in the model, from a backbone.pt (--init); SystemExit unless all of it
-    matches. What stays as it was, heads and decoders, is printed."""
-    try:
-        file = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"arch_args", "state_dict"} <= file.keys():
-            raise ValueError("is no backbone.pt; convert.py makes one of published weights")
-        state, given = file["state_dict"], file["arch_args"]
-        given = given.get("num_heads", given.get("heads"))
-        fresh, wrong = model.load_state_dict({prefix + k: v for k, v in state.items()}, strict=False)
-    except Exception as error:  # no such file, no backbone.pt, other shapes
-        raise SystemExit(f"--init {path}: {' '.join(str(error).split())[:300]}")
-    heads = tuple(prefix + part for part in ("fc.", "head.", "decoder_", "mask_token", "lm_head.", "proj"))
-    blocks = getattr(model.get_submodule(prefix.rstrip(".")), "blocks", None)
-    if given and blocks and blocks[0].attn.heads != given:  # of the same shape, and another network
-        wrong += [f"{given} heads"]
-    wrong += [name for name in fresh if name.startswith(prefix) and not name.startswith(heads)]
-    if wrong:
-        raise SystemExit(f"--init {path}: {len(wrong)} do not fit this encoder: {', '.join(wrong[:4])}")
-    if rank == 0:
-        new = {name.removeprefix(prefix).split(".")[0] for name in fresh}
-        print(f"--init {path}: new are {', '.join(sorted(new))}")
-
-
-def export_backbone(folder, method, args, dim, weights, **arch_args):
-    """backbone.pt: the encoder in public names and what its use takes. Uses save_checkpoint, MEAN, STD."""
-    weights = {name: tensor.cpu() for name, tensor in weights.items()}
-    if not all(tensor.isfinite().all() for tensor in weights.values()):  # a skipped float16 step
-        raise SystemExit(f"{folder}: a weight is not finite, nothing is saved; lower the rate, or --amp off")
-    info = {"method": method, "arch": args.arch, "arch_args": arch_args, "image_size": args.image_size}
-    save_checkpoint(folder / "backbone.pt", **info, mean=MEAN, std=STD, feature_dim=dim, state_dict=weights)
-
-
-def restore(parts, checkpoint, folder):
-    """Give each of the parts its state in the checkpoint; SystemExit if one does not fit."""
-    for name in (part for part in parts if checkpoint and checkpoint.get(part) != {}):  # {}: no scaler in use
-        try:
-            parts[name].load_state_dict(checkpoint[name])
-        except (RuntimeError, ValueError, KeyError) as error:  # of another version of the file
-            words = f"{folder}/checkpoint.pt does not fit ({' '.join(str(error).split())[:150]})"
-            raise SystemExit(f"{words}: use another --run-dir, or --restart")
-
-
-def name_images(run, data, batch_size, start, stop, why):
-    """Write down the images of the steps after `start` up to `stop`; returns `why` and in which file."""
-    batches = data.batches(batch_size, start, stop, 0, 1)
-    steps = [(step, key % len(data.items)) for step in range(start + 1, stop + 1) for key in next(batches)]
-    items = data.items if isinstance(data.items[0], str) else range(len(data.items))
-    lines = "".join(f"{step}\t{items[index]}\n" for step, index in steps)
-    try:
-        (run / "not-finite.txt").write_text(lines, errors="surrogateescape")
-    except OSError:  # a full disk must not hide the reason
-        return f"step {stop}: {why}"
-    return f"step {stop}: {why}. {run}/not-finite.txt names the images since step {start}"
-
-
-def open_run(args, method, rank):
-    """The run folder and the checkpoint in it, or {}; SystemExit if it holds another run."""
-    flags = {"method": method} | {k: v for k, v in asdict(args).items() if k not in NOT_TRAINING}
-    changed = {k: v for k, v in flags.items() if v != getattr(type(args), k, method)}
-    mark = "-" + hashlib.sha1(json.dumps(changed).encode()).hexdigest()[:8] if changed else ""
-    folder = Path(args.run_dir or f"runs/{method}{mark}")
-    record, path = folder / "args.json", folder / "checkpoint.pt"
-    try:
-        if record.exists() and not args.restart:
-            ours, new = json.loads(json.dumps(flags)), {k: getattr(type(args), k, None) for k in flags}
-            held = json.loads(json.dumps(new)) | json.loads(record.read_text())  # flags newer than the run
-            differ = [k for k in ours if held.get(k) != ours[k]]
-            other = ", ".join(f"--{k.replace('_', '-')} {held.get(k)}" for k in differ)
-            if other:
-                raise SystemExit(f"{folder} holds a run with {other}: use another --run-dir, or --restart")
-        checkpoint = load_checkpoint(path, method) if path.exists() and not args.restart else {}
-        if rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            if args.restart:
-                path.unlink(missing_ok=True)
-            Path(f"{record}.tmp").write_text(json.dumps(flags | asdict(args), indent=1))
-            os.replace(f"{record}.tmp", record)
-            with open(folder / "metrics.jsonl", "a") as log:
-                log.truncate(min(log.tell(), checkpoint.get("logged", 0)))  # what came after is done again
-    except (OSError, ValueError, TypeError) as error:
-        raise SystemExit(f"{record}: {error}; use another --run-dir, or --restart")
-    return folder, checkpoint
-
-
-# --- Training -----------------------------------------------------------------------------------------------
-def train(args: Args) -> dict:
-    """Pretrain in the run folder, from its checkpoint if it has one; returns the metrics of the last step."""
-    zero = "local_crops workers jitter crop_blurs solarize mask_ratios registers layer_scale drop_path_rate"
-    zero += " weight_decay final_weight_decay warmup_epochs warmup_teacher_temp_epochs freeze_last_layer seed"
-    zero += " momentum dino_weight ibot_weight koleo_weight"
-    zero += "" if args.ibot_weight else " mask_probability"
-    at_most = "min_scale crop_blurs solarize mask_ratios mask_probability momentum layerwise_decay".split()
-    local_crops = args.local_crops if args.dino_weight else 0  # that loss alone looks at them
-    most = dict.fromkeys(at_most, 1) | {"drop_path_rate": 0.99, "warmup_epochs": args.epochs}
-    most |= {"local_min_scale": args.min_scale} if local_crops else {}
-    most |= {"warmup_teacher_temp": args.teacher_temp} if args.warmup_teacher_temp_epochs else {}
-    check_flags(args, zero.split(), **most)
-    weights = {"local": args.dino_weight, "global": args.dino_weight}
-    weights |= {"ibot": args.ibot_weight, "koleo": args.koleo_weight}
-    if not any(weights.values()):
-        raise SystemExit("--dino-weight 0 --ibot-weight 0 --koleo-weight 0: give one above 0")
-    sides = [args.image_size] * 2 + [args.local_size] * local_crops
-    if any(side % args.patch_size for side in sides):
-        flags = f"--image-size {args.image_size} --local-size {args.local_size}"
-        raise SystemExit(f"{flags}: give multiples of --patch-size {args.patch_size}")
-    grid = (args.image_size // args.patch_size,) * 2
-    n_crops, n_patches = 2 * args.batch_size * args.mask_probability, math.prod(grid) * max(args.mask_ratios)
-    if args.ibot_weight and (n_crops < 1 or n_patches <= 1):  # int(N u) of a share u below 1 / N is 0
-        flags = f"--mask-probability {args.mask_probability} --mask-ratios {args.mask_ratios}"
-        raise SystemExit(f"{flags}: hide no patch of {grid[0]} x {grid[1]}; raise them, or --ibot-weight 0")
-    rank, world, device, amp = start_processes(args.device, args.amp)
-    views = [random_crop(args.image_size, args.min_scale)] * 2
-    small = args.local_size, args.local_min_scale, args.min_scale
-    views += [random_crop(*small) for _ in range(local_crops)]
-    smallest = min(args.min_scale, args.local_min_scale * (args.image_size / args.local_size) ** 2)
-    data = Images(args.data, views, args.seed, args.image_size, smallest, rank)
-    if args.batch_size > len(data.items) or args.batch_size % world:
-        raise SystemExit(f"--batch-size {args.batch_size}: give a multiple of {world}, at most {data.found}")
-    per_epoch = len(data.items) // args.batch_size
-    total, warmup = args.epochs * per_epoch, round(args.warmup_epochs * per_epoch)
-    temp_warmup = args.warmup_teacher_temp_epochs * per_epoch if args.sharpening else 0
-    torch.manual_seed(args.seed)
-    student, teacher = DINOv2(args), DINOv2(args).requires_grad_(False).eval()  # eval: no stochastic depth
-    if args.init:
-        load_encoder(student, "backbone.", args.init, rank)
-    run, checkpoint = open_run(args, "dinov2", rank)
-    teacher.load_state_dict(student.state_dict())
-    student, teacher = student.to(device), teacher.to(device)
-    centers = {name: torch.zeros(1, args.out_dim) for name in ("cls", "patch")}
-    centers = nn.ParameterDict(centers).requires_grad_(False).to(device)  # moved by the loop, not by AdamW
-    groups = parameter_groups(student, args.layerwise_decay, args.patch_embed_lr)
-    optimizer = torch.optim.AdamW(groups, args.lr, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    moving = {"student": student, "teacher": teacher, "centers": centers}
-    moving |= {"optimizer": optimizer, "scaler": scaler}
-    step, metrics, alarm = (checkpoint.get(*pair) for pair in (("step", 0), ("metrics", {}), ("alarm", {})))
-    restore(moving, checkpoint, run)
-    for part in (student.backbone, teacher.backbone) if args.compile else ():
-        part.compile()
-    net = nn.parallel.DistributedDataParallel(student) if world > 1 else student
-    keys = data.batches(args.batch_size, step, args.epochs, rank, world)
-    loader = DataLoader(data, batch_sampler=keys, num_workers=args.workers, pin_memory=device.type == "cuda")
-    if rank == 0:
-        board = SummaryWriter(run, purge_step=step + 1)
-        print(f"{data.found}. Run folder {run}, step {step} of {total}")
-        print(f"{args.arch}, {amp or torch.float32}, {world} x {device}, effective learning rate {args.lr:g}")
-        if args.koleo_weight and args.batch_size == world:
-            print("KoLeo is 0: it is between images of a process, and each has one; raise --batch-size")
-    bar = tqdm(total=total, initial=step, disable=rank > 0)
-    blurs = [*args.crop_blurs[:2], *args.crop_blurs[2:] * local_crops]  # of each crop
-    blur_radius = min(4, min(sides) - 1) if any(blurs) else 0  # a kernel of 9 pixels
-    solarize = [0.0, args.solarize] + [0.0] * local_crops
-    active = [name for name, weight in (("cls", args.dino_weight), ("patch", args.ibot_weight)) if weight]
-    centered = active if args.centering and not args.sinkhorn else []
-    mine = torch.arange(2 * args.batch_size).view(2, world, -1)[:, rank].flatten().tolist()
-    logged, skipped, since, asked, waited = step, 0, time.perf_counter(), time.perf_counter(), 0.0
-    try:
-        for crops in loader:
-            waited += time.perf_counter() - asked
-            epoch = step // per_epoch
-            lr = dino_schedule(step, total, warmup, args.lr, 1e-6)
-            decay = dino_schedule(step, total, 0, args.weight_decay, args.final_weight_decay)
-            for group in optimizer.param_groups:
-                # unlike DINO's, frozen prototypes have moments and a part in the norm that is clipped
-                frozen = group["last"] and epoch < args.freeze_last_layer
-                group["lr"] = 0.0 if frozen else lr * group["lr_scale"]
-                group["weight_decay"] = decay if group["decays"] else 0.0
-            ramp = min(1.0, step / max(1, temp_warmup - 1)) if temp_warmup else 1.0
-            temp = args.warmup_teacher_temp + ramp * (args.teacher_temp - args.warmup_teacher_temp)
-            temp = temp if args.sharpening else args.student_temp
-            generator = torch.Generator().manual_seed(hash((args.seed, 3, step)) % 2**32)
-            shape = args.batch_size, len(crops)  # for all processes
-            numbers, order = draw_numbers(shape, args.jitter, blurs, solarize, generator)
-            numbers = numbers.chunk(world)[rank].to(device, non_blocking=True)
-            views = [crop.to(device, non_blocking=True) for crop in crops]
-            views = [augment(view, numbers[:, i], order, blur_radius) for i, view in enumerate(views)]
-            # global crops (2 B, 3, S, S) and, if there are any, local ones (L B, 3, s, s)
-            batches = [torch.cat(part) for part in (views[:2], views[2:]) if part]
-            seed = hash((args.seed, 5, step)) % 2**32
-            masks = draw_masks(2 * args.batch_size, mine, grid, args.mask_ratios, args.mask_probability, seed)
-            hidden, patch_weights = hidden_patches(masks if args.ibot_weight else masks & False)
-            drawn = masks, hidden, patch_weights  # on the CPU, which need not wait for the device
-            masks, hidden, patch_weights = (tensor.to(device, non_blocking=True) for tensor in drawn)
-            torch.manual_seed(hash((args.seed, 4, step, rank)) % 2**32)  # of stochastic depth
-            logs = step in (0, total - 1) or (step + 1) % args.log_every == 0
-            with torch.autocast(device.type, amp, enabled=amp is not None):
-                with torch.no_grad():  # the teacher sees all patches
-                    h, *taught = teacher(batches[0], None, hidden)
-                features, cls_logits, patch_logits = net(batches[0], masks, hidden, *batches[1:])
-            taught, targets, losses = dict(zip(("cls", "patch"), taught, strict=True)), {}, {}
-            for name in active:
-                if args.sinkhorn and args.centering:
-                    targets[name] = sinkhorn_knopp(taught[name], temp)
-                else:
-                    targets[name] = teacher_targets(taught[name], centers[name], temp)
-            if args.dino_weight:
-                of_crops = cls_logits.unflatten(0, (len(crops), -1)), targets["cls"].unflatten(0, (2, -1))
-                losses["local"], losses["global"] = dino_losses(*of_crops, args.student_temp)
-            if args.ibot_weight:
-                losses["ibot"] = ibot_loss(patch_logits, targets["patch"], patch_weights, args.student_temp)
-            if args.koleo_weight:
-                losses["koleo"] = sum(koleo_loss(x) for x in features.chunk(2))
-            loss = sum(weights[name] * value for name, value in losses.items())
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            for name in centered:
-                move_center(centers[name], taught[name], 0.9)  # after its use
-            parts = [[*part.parameters()] for part in student.children()]  # backbone, heads
-            norms = [nn.utils.clip_grad_norm_(part, args.clip_norm) for part in parts]
-            step += 1
-            saves = step % args.checkpoint_every == 0 or step == total
-            if logs or saves:  # only here does a step wait for the device
-                grad_norm = torch.stack(norms).norm()
-                if not torch.isfinite(loss if scaler.get_scale() > 1 else loss + grad_norm):
-                    why = f"loss {loss:g}, gradient {grad_norm:g}; lower --lr"
-                    raise SystemExit(name_images(run, data, args.batch_size, logged, step, why))
-            scale = scaler.get_scale()
-            scaler.step(optimizer)
-            scaler.update()
-            skipped += scaler.get_scale() < scale  # float16 overflowed
-            momentum = dino_schedule(step - 1, total, 0, args.momentum, 1.0)
-            momentum_update(student, teacher, momentum)
-            bar.update()
-            if logs:
-                means = gather(torch.stack([*losses.values()]).detach()[None]).mean(dim=0).tolist()
-                means = dict(zip(losses, means, strict=True))
-                now, lasting = time.perf_counter(), max(args.freeze_last_layer * per_epoch, temp_warmup)
-                armed_after = max(min(500, 0.2 * total), warmup, lasting)
-                metrics = {"train/loss": sum(weights[name] * means[name] for name in means), "train/lr": lr}
-                metrics |= {"train/grad_norm": grad_norm.item(), "train/weight_decay": decay}
-                metrics |= {f"dinov2/{name}_loss": value for name, value in means.items()}
-                teaching = {}
-                if args.ibot_weight:
-                    teaching = target_metrics(targets["patch"], patch_weights, losses["ibot"].detach())
-                    metrics |= {f"dinov2/patch_{name}": value for name, value in teaching.items()}
-                if args.dino_weight:  # its targets are those that the alarm watches
-                    mean = (losses["local"] + losses["global"]).detach() * (1 if local_crops else 1.5)
-                    alike = torch.full((len(h),), 1 / len(h), device=device)
-                    teaching = target_metrics(targets["cls"], alike, mean)
-                    metrics |= {f"dinov2/{name}": value for name, value in teaching.items()}
-                low = teaching and (teaching["kl"] < 0.01 or teaching["information"] < 0.1)
-                certain = low and teaching["teacher_entropy"] < 0.5 * math.log(args.out_dim)
-                problems = {
-                    "one-hot teacher: keep the centering or Sinkhorn-Knopp, raise --teacher-temp": certain,
-                    "uniform teacher: keep the sharpening, lower --teacher-temp": low and not certain,
-                }
-                tags = {"cls": "dinov2/center_norm", "patch": "dinov2/patch_center_norm"}
-                metrics |= {tags[name]: centers[name].norm().item() for name in centered}
-                metrics["dinov2/momentum"] = momentum
-                feature = collapse_metrics(h, center=True)
-                metrics |= {f"monitor/{k}": v for k, v in feature.items()}
-                metrics["perf/images_per_second"] = args.batch_size * (step - logged) / (now - since)
-                metrics["perf/data_wait"] = waited / (now - since)
-                metrics["perf/skipped_steps"] = skipped  # since the last log
-                logged, skipped, since, waited = step, 0, now, 0.0
-                if rank == 0:
-                    metrics["monitor/alarm"] = collapse_alarm(alarm, step, armed_after, problems)
-                    for tag, value in metrics.items():
-                        board.add_scalar(tag, value, step)
-                    line = {"step": step, "epoch": (step - 1) // per_epoch}
-                    line |= {tag: value for tag, value in metrics.items() if math.isfinite(value)}
-                    with open(run / "metrics.jsonl", "a") as log:
-                        log.write(json.dumps(line) + "\n")
-                    bar.set_postfix_str(" ".join(f"{name} {value:.3f}" for name, value in means.items()))
-            if rank == 0 and step == 1:  # a row for each image, as the student sees it
-                seen = F.interpolate((~masks).view(-1, 1, *grid).float(), args.image_size)
-                shown = [*(batches[0] * seen).chunk(2), *views[2:]]
-                rows = [F.interpolate(view[:16].cpu(), args.image_size) for view in shown]
-                pixels = torch.stack(rows, dim=1).flatten(0, 1)
-                pixels = pixels * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
-                page = torchvision.utils.make_grid(pixels.clamp(0, 1), len(views))
-                torchvision.utils.save_image(page, run / "views.png")
-                board.add_image("views", page, step)
-            if rank == 0 and (step in (1, total) or step % args.picture_every == 0):
-                shown = views[0][:8]  # the first global crop of each image
-                with torch.no_grad():
-                    page = pca_picture(shown, teacher.backbone(shown)[:, teacher.backbone.prefix :]).cpu()
-                torchvision.utils.save_image(page, run / f"pca-{step:06d}.png")
-                board.add_image("pca", page, step)
-            if saves and rank == 0:
-                arch_args = {"patch_size": args.patch_size, "heads": VITS[args.arch][2]}
-                arch_args |= {"layer_scale": args.layer_scale} if args.layer_scale else {}
-                arch_args |= {} if args.registers else {"offset": 0.1}
-                encoder = to_timm_names(teacher.backbone.state_dict())
-                export_backbone(run, "dinov2", args, h.shape[1], encoder, **arch_args)
-                state = {name: part.state_dict() for name, part in moving.items()}
-                state |= {"method": "dinov2", "step": step, "metrics": metrics, "alarm": alarm}
-                save_checkpoint(run / "checkpoint.pt", **state, logged=os.path.getsize(run / "metrics.jsonl"))
-            asked = time.perf_counter()
-    except (KeyboardInterrupt, OSError) as error:  # a worker's error comes behind its traceback
-        reason = (str(error) or "interrupted").splitlines()[-1]
-        raise SystemExit(f"{reason} (step {step}); the same command, without --restart, continues")
+        torch.save(state, temporary)  # by its path: Ctrl-C within stays a KeyboardInterrupt
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save's words for a full disk
+        raise OSError(f"{path}: cannot be written, is the disk full? ({str(error)[:80]})")
     finally:
-        bar.close()
-        if rank == 0:
-            with contextlib.suppress(OSError):  # a full disk, of which the message speaks
-                board.close()
-    if rank == 0:
-        print(f"{run}/backbone.pt: " + ", ".join(f"{tag} {value:.4g}" for tag, value in metrics.items()))
-    if world > 1:
-        dist.barrier()  # in torch 2.4 gloo may wait for ever in the next line
-        dist.destroy_process_group()
-    return metrics
+        temporary.unlink(missing_ok=True)
+
+
+def save_run(run, step, encoder, **facts):
+    """checkpoint.pt, all that moves, and backbone.pt, the encoder {name: tensor} in public names and what
+    builds it; once a step."""
+    if run.rank > 0 or step == run.step and (run.folder / "checkpoint.pt").exists():
+        return
+    weights = {name: tensor.cpu() for name, tensor in encoder.items()}
+    if not all(tensor.isfinite().all() for tensor in weights.values()):  # a skipped float16 step can do that
+        sys.exit(f"step {step}: a weight is not finite, nothing is saved; lower the learning rate")
+    facts |= {"method": run.method, "arch": run.args.arch, "image_size": run.args.image_size}
+    facts |= {"mean": MEAN, "std": STD, "state_dict": weights}
+    save_checkpoint(run.folder / "backbone.pt", **facts)
+    run.step, run.logged = step, os.path.getsize(run.folder / "metrics.jsonl")
+    state = {name: getattr(run, name) for name in run.kept}
+    state |= {name: part.state_dict() for name, part in run.parts.items()}
+    save_checkpoint(run.folder / "checkpoint.pt", method=run.method, **state)
+    run.save_at = time.monotonic() + 60 * run.args.save_minutes
 
 
 if __name__ == "__main__":

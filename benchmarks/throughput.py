@@ -474,9 +474,9 @@ def dinov2_step(batch_size, rounds):
     n, side = 2 * batch_size, args.image_size // args.patch_size
     large = torch.randn(n, 3, args.image_size, args.image_size)
     local = torch.randn(args.local_crops * batch_size, 3, args.local_size, args.local_size)
-    ratios = args.mask_ratios, args.mask_probability
-    masks = dinov2.draw_masks(n, range(n), (side, side), *ratios, 0)
-    hidden, weights = dinov2.hidden_patches(masks)
+    masks = dinov2.draw_masks(n, range(n), (side, side), args.mask_ratios, 0.5, 0)
+    counts, hidden = masks.sum(dim=1), masks.flatten().nonzero()[:, 0]
+    weights = 1 / (n * counts.repeat_interleave(counts))
 
     def ours():
         student, teacher = dinov2.DINOv2(args), dinov2.DINOv2(args).requires_grad_(False)
@@ -510,7 +510,7 @@ def dinov2_step(batch_size, rounds):
                 options = {"dynamic_img_size": True, "init_values": args.layer_scale}
                 vit = timm_vit(dinov2.VITS[args.arch], args.image_size, args.patch_size, **options)
                 self.backbone = MaskedVisionTransformerTIMM(vit)
-                sizes = 128, args.head_dim, args.bottleneck_dim, args.out_dim
+                sizes = 128, args.head_dim, 256, args.out_dim
                 self.dino_head, self.ibot_head = DINOv2ProjectionHead(*sizes), DINOv2ProjectionHead(*sizes)
 
         student, teacher = Network(), Network().requires_grad_(False)

@@ -27,7 +27,7 @@ TRAINING = [
     )
 ]
 # rewritten; when all are, tests of the first go
-SECOND_EDITION = ["beit", "byol", "dino", "ijepa", "mae", "moco", "moco_v3", "pretext", "simclr"]
+SECOND_EDITION = ["beit", "byol", "dino", "dinov2", "ijepa", "mae", "moco", "moco_v3", "pretext", "simclr"]
 FIRST_EDITION = [script for script in TRAINING if script not in SECOND_EDITION]
 REPRESENTATIVES = {"simclr", "clip"}  # for `shared`: one of each edition; of the first the fastest
 # Flags that make a run tiny, for scripts whose defaults are not tiny enough.
@@ -36,7 +36,7 @@ TINY = {
     "byol": {"hidden_dim": 64},
     "clip": {"text_depth": 1, "text_width": 64, "embed_dim": 64},
     "dino": {"out_dim": 64, "head_dim": 64, "local_crops": 2, "local_min_scale": 0.05},
-    "dinov2": {"out_dim": 64, "head_dim": 64, "local_crops": 2},
+    "dinov2": {"out_dim": 64, "head_dim": 64, "local_crops": 2, "local_min_scale": 0.05},
     "moco": {"bn_splits": 1},
     "moco_v3": {"hidden_dim": 64},
 }

@@ -739,6 +739,7 @@ SAFEGUARDS = {
     "beit": [(one_code, "perplexity 1: one code is in use")],
     "byol": [({"predictor": False}, "projections"), ({"stop_gradient": False}, "projections")],
     "dino": [({"centering": False, "momentum": 0.9}, "one-hot"), ({"sharpening": False}, "uniform")],
+    "dinov2": [({"centering": False, "momentum": 0.9}, "one-hot"), ({"sharpening": False}, "uniform")],
     "ijepa": [({"stop_gradient": False}, "hardly differ"), ({"momentum": 0.0}, "hardly differ")],
     "mae": [(random_targets, "no better than a mean")],
     "moco": [({"negatives": False}, "directions|one way")],
@@ -761,6 +762,7 @@ FASTER = {
     "byol": {"image_size": 16, "base_lr": 0.24, "momentum": 0.5, "weight_decay": 1e-4, "hidden_dim": 256},
     # the alarm is not armed while the prototypes are frozen; large patches take less time
     "dino": {"freeze_last_layer": 0, "patch_size": 16, "local_crops": 0},
+    "dinov2": {"freeze_last_layer": 0, "patch_size": 16, "local_crops": 0},
     "mae": {"base_lr": 6e-3, "log_every": 1},
     "moco": {"base_lr": 0.06},
     "moco_v3": {"patch_size": 16},

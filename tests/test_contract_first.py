@@ -575,7 +575,6 @@ def shuffled_captions(module, monkeypatch):
 # steps on the demo images are enough to see it.
 SAFEGUARDS = {
     "clip": [(shuffled_captions, "found by chance")],
-    "dinov2": [({"centering": False, "momentum": 0.9}, "one-hot"), ({"sharpening": False}, "uniform")],
 }
 SHORT = {
     "data": "demo",
@@ -589,8 +588,6 @@ SHORT = {
 
 FASTER = {
     "clip": {"lr": 2e-3, "context_length": 40},
-    # the alarm is not armed while the prototypes are frozen; large patches take less time
-    "dinov2": {"freeze_last_layer": 0, "patch_size": 16, "local_crops": 0},
 }
 
 # On the photos it needs more before it tells captions better than by chance.

@@ -1,7 +1,6 @@
 """convert.py: files of every official format, made here, give the features of the model they came from."""
 
 import argparse
-import dataclasses
 import functools
 import pickle
 import re
@@ -753,20 +752,3 @@ def test_training_goes_on_from_an_official_file(folder, capsys):
         assert module.train(tiny_args(name, **flags))["train/loss"] < 1e3
         said = capsys.readouterr().out  # the second edition refuses what does not fit to the last tensor
         assert name in SECOND_EDITION or f"--init {name}.pt: new are" in said
-
-
-@pytest.mark.skipif("dinov2" in SECOND_EDITION, reason="the second edition compares names and shapes")
-def test_training_does_not_go_on_from_another_number_of_heads(folder):
-    import dinov2
-
-    args = tiny_args("dinov2", data=str(folder), epochs=1, run_dir="run")
-    dinov2.train(args)
-    file = torch.load("run/backbone.pt", weights_only=True)
-    file["arch_args"]["num_heads"] = 8  # the same shapes, another network
-    torch.save(file, "eight.pt")
-    torch.save(file["state_dict"], "dinov2.pth")
-    args = dataclasses.replace(args, init="eight.pt", run_dir="run-eight")
-    with pytest.raises(SystemExit, match="--init eight.pt: 1 do not fit this encoder: 8 heads"):
-        dinov2.train(args)
-    with pytest.raises(SystemExit, match="--init dinov2.pth: is no backbone.pt; convert.py makes one"):
-        dinov2.train(dataclasses.replace(args, init="dinov2.pth"))

@@ -12,7 +12,6 @@ import torch
 import torchvision
 from conftest import run_processes, tiny_args
 
-import dinov2
 import eval_linear
 import simclr
 from eval_linear import Args, accuracy, evaluate, fit_logreg, knn, linear_probe, load_backbone, logreg
@@ -32,15 +31,22 @@ def alone(labels):
     return torch.arange(len(labels))
 
 
+def first_edition_file(folder, method, arch, width, weights, **arch_args):
+    """backbone.pt as the first edition wrote it: users still have such files."""
+    folder.mkdir()
+    info = {"method": method, "arch": arch, "arch_args": arch_args, "image_size": 32, "feature_dim": width}
+    info |= {"mean": eval_linear.MEAN, "std": eval_linear.STD, "state_dict": weights}
+    torch.save(info, folder / "backbone.pt")
+    return folder / "backbone.pt"
+
+
 @pytest.fixture
 def backbone_file(tmp_path):
     """An untrained ResNet-18 in a run folder."""
     torch.manual_seed(0)
     net, width = simclr.resnet("resnet18", "imagenet")
-    args = simclr.Args(image_size=32)
-    (tmp_path / "run").mkdir()
-    dinov2.export_backbone(tmp_path / "run", "simclr", args, width, net.state_dict(), stem="imagenet")
-    return tmp_path / "run/backbone.pt"
+    weights = net.state_dict()
+    return first_edition_file(tmp_path / "run", "simclr", "resnet18", width, weights, stem="imagenet")
 
 
 # k-NN: oracle 5
@@ -328,14 +334,9 @@ NANO = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_head
 def vit_file(tmp_path):
     """A vit_nano of 32 px and patch 8 in a run folder."""
     torch.manual_seed(0)
-    args = simclr.Args(image_size=32)
-    args.arch = "vit_nano"
     weights = timm.models.VisionTransformer(**NANO).state_dict()
     options = {"patch_size": 8, "xavier": True, "fixed_positions": True}
-    folder = tmp_path / "vit"
-    folder.mkdir()
-    dinov2.export_backbone(folder, "mae", args, 128, weights, **options)
-    return folder / "backbone.pt"
+    return first_edition_file(tmp_path / "vit", "mae", "vit_nano", 128, weights, **options)
 
 
 def test_features_are_timms(vit_file):

@@ -25,8 +25,8 @@ VARIANTS = {
         {"drop_path": 0.5, "sharpening": False, "local_crops": 0},
     ],
     "dinov2": [
-        {"sinkhorn": True, "drop_path_rate": 0.5, "registers": 2},
-        {"shared_head": True, "dino_weight": 0.0, "ffn": "swiglu"},
+        {"sinkhorn": True, "drop_path_rate": 0.5, "registers": 2, "crop_blurs": (0.5, 1.0, 0.5)},
+        {"shared_head": True, "koleo_weight": 0.0, "local_crops": 0},
     ],
     "ijepa": [{"stop_gradient": False, "patch_size": 4}],
     "mae": [{"micro_batch_size": 4, "norm_pix": True}],

@@ -717,6 +717,9 @@ def plain(self, x):
 torch.nn.modules.batchnorm._BatchNorm.forward = plain
 """
 
+# What is within each process, as in the official code.
+WITHIN = {"dinov2": {"koleo_weight": 0.0}}
+
 
 def test_a_run_changes_its_number_of_processes(script, module, children, folder, monkeypatch):
     """2, killed in step 3, then 1, stopped in step 3, then 4: each step once, numbers as of one process where
@@ -727,6 +730,7 @@ def test_a_run_changes_its_number_of_processes(script, module, children, folder,
     rate = "base_lr" if hasattr(module.Args, "base_lr") else "lr"
     rate = {rate: 0.1 * getattr(module.Args, rate)}  # slow, or rounding errors grow
     flags = {"data": str(folder), "device": "cpu", "epochs": 1, "run_dir": "run"} | rate
+    flags |= WITHIN.get(script, {})
     args = tiny_args(script, **flags)
     module.train(dataclasses.replace(args, run_dir="alone"))
 
