@@ -75,7 +75,7 @@ class Args:
     mask_ratio: float = 0.4  # share of the patches that is hidden (paper: 0.4, its code 75 of 196)
     min_block: int = 4  # patches of the smallest block of the mask (paper: 16)
     workers: int = 2  # processes that read images, for each training process
-    tokenizer: str = ""  # tokenizer/backbone.pt of an earlier run; default: train one first
+    dvae: str = ""  # tokenizer/backbone.pt of an earlier run; default: train one first
     tokens: int = 128  # K, codes of the tokenizer (paper: 8192)
     tokenizer_dim: int = 32  # width of the tokenizer's layers, half of a code's (paper: 256)
     tokenizer_layers: int = 2  # each halves the sides: a code stands for 2^layers pixels (paper: 3)
@@ -364,8 +364,8 @@ def train(args: Args) -> dict:
     torch.manual_seed(args.seed)
     width = args.tokenizer_dim
     tokenizer = DVAE(args.tokens, 2 * width, width, args.tokenizer_layers).to(device)
-    if args.tokenizer:
-        load_encoder(tokenizer.state_dict(), args.tokenizer, {})
+    if args.dvae:
+        load_encoder(tokenizer.state_dict(), args.dvae, {})
     model = BEiT(args.arch, side, args.patch_size, args.tokens, args.layer_scale, args.drop_path).to(device)
     left_out = ("lm_head", "mask_token", "rel_pos_bias.relative_position_index")
     encoder = {k: v for k, v in model.state_dict().items() if not k.startswith(left_out)}
@@ -386,7 +386,7 @@ def train(args: Args) -> dict:
 
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     run = open_run(args, "beit", parts, len(data.items), amp)  # loads its checkpoint into the parts
-    if args.epochs and not args.tokenizer:
+    if args.epochs and not args.dvae:
         train_tokenizer(args, tokenizer, run.folder / "tokenizer", data, micro, processes)
     tokenizer.requires_grad_(False)
     return train_beit(args, tokenizer, run, encoder, facts, data, micro, processes)
@@ -850,9 +850,10 @@ def load_encoder(encoder, path, arch_args):
     """Start the encoder {name: tensor} from a backbone.pt (--init); all of it has to fit."""
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
-        weights, heads = held["state_dict"], arch_args.get("num_heads")  # which no shape shows
+        weights, built = held["state_dict"], arch_args | held.get("arch_args", {})
         alike = {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in encoder.items()}
-        if not alike or held.get("arch_args", {}).get("num_heads", heads) != heads:
+        hidden = ("num_heads", "act_layer")  # which no shape shows
+        if not alike or any(built[name] != arch_args[name] for name in hidden if name in arch_args):
             raise ValueError("its weights are not those of this encoder")
     except Exception as error:  # no such file, no backbone.pt
         sys.exit(f"--init {path}: {' '.join(str(error).split())[:200]}; convert.py makes a backbone.pt")

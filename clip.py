@@ -1,65 +1,62 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.4", "torchvision>=0.19", "einops", "tyro", "tensorboard", "tqdm"]
+# dependencies = ["torch>=2.4", "torchvision>=0.19", "tyro", "tensorboard", "tqdm"]
 # ///
 r"""CLIP: learn features of images and of text by finding, in a batch, which caption belongs to which image.
 
-Paper: Radford et al. 2021, arXiv 2103.00020; what it leaves open is as in OpenAI's model.py and in open_clip.
-B images and their captions go through two encoders to features I, T of length 1. With a learnt scale s each
-image has to find its caption among those of all processes, and each caption its image (Fig. 3):
+Paper: Radford et al. 2021, arXiv 2103.00020.
+N images and a caption of each go through two encoders to features I, T of length 1. With a learnt scale s
+each image has to find its caption among those of all processes, and each caption its image (Fig. 3):
   L = 1/2 [ mean_i -log softmax_j(s I_i.T_j)[i] + mean_i -log softmax_j(s T_i.I_j)[i] ]
-The other pairs keep the features apart. Equal captions count as negatives of each other, so that C different
-ones leave a loss of about ln(B / C): clip/floor. A class can then be named in words: zero-shot accuracy.
+The other pairs keep the features apart. Where m pairs of a batch have one caption, a loss of ln m is left of
+them: clip/floor. Later any text is a class: --classify.
 
 Demo:   python clip.py
-Pairs:  python clip.py --data pairs.csv --image-size 128 --arch vit_small --batch-size 1024 \
+Photos: python clip.py --data pairs.csv --image-size 128 --arch vit_small --batch-size 1024 \
             --micro-batch-size 128 --epochs 60 --workers 8
-Paper:  torchrun --nnodes 32 --nproc-per-node 8 clip.py --data pairs.tsv --image-size 224 \
-            --arch vit_base --patch-size 32 --embed-dim 512 --text-width 512 --text-depth 12 \
-            --context-length 77 --bpe-path bpe_simple_vocab_16e6.txt.gz --epochs 32 --batch-size 32768 \
-            --lr 5e-4 --warmup-epochs 0.16 --workers 12
-Use:    python clip.py --classify photo.jpg --prompts "a fox" "a deer" "an owl" --checkpoint RUN/checkpoint.pt
+Paper:  torchrun --nnodes 32 --nproc-per-node 8 clip.py --data pairs/ --image-size 224 --arch vit_base \
+            --patch-size 32 --embed-dim 512 --text-width 512 --text-depth 12 --context-length 77 \
+            --tokenizer bpe --epochs 32 --batch-size 32768 --lr 5e-4 --warmup-epochs 0.16 --workers 12
+Use:    python clip.py --classify a.jpg b.jpg --prompts "a fox" "a deer" --run-dir runs/clip
 
---data: a .csv or .tsv with a header, or a .jsonl, with the path of an image (relative to the file) and its
-caption or list of captions; a folder with photo.txt beside photo.jpg, a caption in each line; class folders,
-whose names fill --templates; a torchvision data set; the demo.
-Differs from the official code: torchvision's ResNets with a linear projection for its modified ones; bytes as
-tokens if no vocabulary is given; of the repair of broken text only quotes and Unicode's NFC; no special
-tokens within a text; encoders below vit_base; crops of aspect 3/4 to 4/3, no decay on class_embedding,
-positions and scale, and a warm-up that does not start at 0, as in open_clip; crops resized as uint8 tensors
-(within 2 of 255 of Pillow's), large JPEGs decoded at reduced size; the end of a text that is too long is cut,
-and told; an epoch drops its last incomplete batch. Several processes give the loss and gradient of one, but
-for ResNets' BatchNorm: each process's and chunk's own.
+--data: a .csv or .tsv, or a folder with captions.csv, its header path|image|filepath (relative to the file)
+and caption|text|title, a row a caption; Arrow files of Hugging Face with columns image and text, a caption or
+a list, for 10^7 pairs and more; the demo. Each epoch draws one caption of an image.
+Differs from the paper, or where it is silent from open_clip: ViTs alone, below vit_base too; bytes as tokens
+by default; warm-up from 0; crops of aspect 3/4 to 4/3, resized as uint8 tensors; no decay of what has one
+dimension: biases, gains, [CLS]. The end of a long text is cut: clip/cut is the share of these. An epoch drops
+its incomplete batch. Processes and micro-batches give loss and gradient of one batch. Published weights and
+other towers: open_clip.
 """
 
 import contextlib
-import copy
 import csv
-import gzip
 import hashlib
 import html
 import io
-import itertools
 import json
+import logging
 import math
 import os
 import random
-import re
+import signal
+import sys
+import threading
 import time
-import unicodedata
-import warnings
+import traceback
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 import tyro
-from einops import rearrange
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
@@ -67,28 +64,21 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 # --- Args ---------------------------------------------------------------------------------------------------
-RESNETS = ("resnet18", "resnet34", "resnet50")
-Arch = Literal[
-    "vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "resnet18", "resnet34", "resnet50"
-]
-TEMPLATES = ("a photo of a {}.", "itap of a {}.", "a bad photo of the {}.", "a photo of the large {}.")
-TEMPLATES += ("a photo of the small {}.", "art of the {}.", "a {} in a video game.")
+Arch = Literal["vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large"]
 
 
 @dataclass
 class Args:
     data: str = "demo"  # demo, a folder of images in any layout, or a torchvision data set such as CIFAR10
-    val_data: str = ""  # pairs to measure at the end, as --data; default: its val/ or test/, or some of it
+    val_data: str = ""  # pairs whose recall is measured at the end, as --data; demo: others of its images
     image_size: int = 32  # side of a view in pixels (paper: 224)
     min_scale: float = 0.9  # smallest area of a crop as a share of the image (paper: unsaid)
     flip: bool = False  # mirror half of the images; not where captions say left or right (paper: off)
-    templates: tuple[str, ...] = TEMPLATES  # texts for the name {} of a class (paper: 80 of its own)
-    bpe_path: str = ""  # the official bpe_simple_vocab_16e6.txt.gz; default: bytes are the tokens
+    tokenizer: Literal["bytes", "bpe"] = "bytes"  # bpe: CLIP's own, of open_clip (paper: bpe)
     context_length: int = 64  # tokens of a text with its start and end; the rest is cut (paper: 77)
     workers: int = 2  # processes that read images, for each training process
-    arch: Arch = "vit_nano"  # encoder of images
+    arch: Arch = "vit_nano"  # encoder of images (paper: vit_base, vit_large)
     patch_size: int = 8  # side of a patch in pixels (paper: 32, 16 or 14)
-    stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3, stride 1, no max-pool; 10 x the work
     embed_dim: int = 128  # width of the features that are compared (paper: 512 to 1024)
     text_width: int = 128  # of the encoder of text, a multiple of 64 (paper: 512)
     text_depth: int = 4  # its blocks (paper: 12)
@@ -101,146 +91,134 @@ class Args:
     warmup_epochs: float = 1.0  # linear from 0 (paper: 2000 steps)
     init: str = ""  # backbone.pt that the encoder starts from, of convert.py or an earlier run
     seed: int = 0  # of all random numbers
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is one
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on cuda, off elsewhere
     compile: bool = False  # torch.compile the model
     run_dir: str = ""  # default: runs/METHOD, and a hash of the flags that differ from the defaults
-    restart: bool = False  # begin anew in a run folder that is in use
     log_every: int = 10  # steps
-    checkpoint_every: int = 100  # steps
-    classify: tuple[str, ...] = ()  # images to name with --prompts, by --checkpoint; nothing is trained
+    save_minutes: float = 10.0  # between checkpoints, written at a log step, 0: at each; always at the end
+    classify: tuple[str, ...] = ()  # photos to name with --prompts, by the run in --run-dir
     prompts: tuple[str, ...] = ()  # texts to choose from
-    checkpoint: str = ""  # checkpoint.pt of a run, or a ViT's weights of open_clip (LAION: --no-quick-gelu)
 
 
 # --- Augmentation -------------------------------------------------------------------------------------------
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+NAMES = ("house", "tree", "car", "boat", "cat", "mushroom", "cup", "key", "bird", "flower")  # in the demo
 
 
-def clean(text):
-    """As the official tokenizer: HTML's escapes undone, one space between words, lower case."""
-    text = html.unescape(html.unescape(text.encode("utf-8", "replace").decode()))  # half an emoji: a "?"
-    text = unicodedata.normalize("NFC", text).translate(str.maketrans("ʼ‘’‚‛“”„‟", 5 * "'" + 4 * '"'))
-    return " ".join(text.split()).lower()
-
-
-class ByteTokenizer:
-    """Text -> ids without a vocabulary: bytes of UTF-8 are 1 .. 256, start 257, end 258. Uses clean."""
-
-    vocab_size = 259
-
-    def encode(self, text):
-        return [1 + byte for byte in clean(text).encode()]
-
-
-class BPETokenizer:
-    """Text -> ids of the official vocabulary file: 256 bytes, the same at the end of a word, 48,894 merges,
-    start, end. Uses clean, words_of."""
-
-    def __init__(self, path):
+def tokenize(texts, context_length=64, tokenizer="bytes"):
+    """Texts -> ids (n, context_length): start, tokens, end (the largest id), zeros; what is too long is cut
+    before its end. Bytes of UTF-8, lower case, are 1 to 256, start 257, end 258."""
+    if tokenizer == "bpe":
         try:
-            with gzip.open(path, "rt", encoding="utf-8") as file:
-                merges = [tuple(line.split()) for line in file.read().split("\n")[1 : 48894 + 1]]
-        except Exception as error:  # of the disk, gzip, UTF-8
-            raise SystemExit(f"--bpe-path {path}: {error}")
-        if len(merges) != 48894 or any(len(pair) != 2 for pair in merges):
-            raise SystemExit(f"--bpe-path {path}: is not CLIP's bpe_simple_vocab_16e6.txt.gz")
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = [byte for byte in range(256) if byte not in printable]
-        points = [*printable, *range(256, 256 + len(others))]
-        self.symbols = {byte: chr(point) for byte, point in zip(printable + others, points, strict=True)}
-        names = [*self.symbols.values()]
-        names += [name + "</w>" for name in names] + ["".join(pair) for pair in merges]
-        self.ids = {name: i for i, name in enumerate(names)}
-        self.rank, self.known = {pair: i for i, pair in enumerate(merges)}, {}
-        self.vocab_size = len(names) + 2
+            import open_clip  # which has CLIP's own
+        except ImportError as error:
+            sys.exit(f"--tokenizer bpe: needs `pip install open_clip_torch` ({error})")
+        return open_clip.tokenize(texts, context_length)
 
-    def word(self, word):
-        parts = [self.symbols[byte] for byte in word.encode()]
-        parts[-1] += "</w>"
-        while len(parts) > 1:
-            ranks = [self.rank.get(pair, math.inf) for pair in zip(parts, parts[1:], strict=False)]
-            if (best := min(ranks)) == math.inf:
-                break
-            i = ranks.index(best)
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        return [self.ids[part] for part in parts]
-
-    def encode(self, text):
-        words = words_of(clean(text))
-        self.known |= {word: self.word(word) for word in words if word not in self.known}
-        return [i for word in words for i in self.known[word]]
+    ids = torch.zeros(len(texts), context_length, dtype=torch.long)
+    for row, text in zip(ids, texts, strict=True):
+        text = " ".join(html.unescape(html.unescape(text)).split()).lower()
+        tokens = [1 + byte for byte in text.encode(errors="replace")[: context_length - 2]]
+        row[: len(tokens) + 2] = torch.tensor([257, *tokens, 258])
+    return ids
 
 
-def words_of(text):
-    """'s 't 're 've 'm 'll 'd | letters | one numeral | other characters: by Unicode's categories, for which
-    Python's \\w is no substitute."""
-    kinds = [" " if c.isspace() else unicodedata.category(c)[0] for c in text]
-    kinds, words, at = "".join(k if k in " LN" else "x" for k in kinds), [], 0
-    while at < len(text):
-        match = re.compile("'(s|t|re|ve|m|ll|d)").match(text, at) or re.compile("L+|N|x+| +").match(kinds, at)
-        words += [text[at : match.end()]]
-        at = match.end()
-    return [word for word in words if not word.isspace()]
+def demo_caption(number):
+    """What demo_image(number) shows, by its random numbers. Uses NAMES."""
+    rng = random.Random(number)
+    label, scale, light = rng.randrange(10), rng.uniform(0.35, 0.9), rng.uniform(0.35, 1.0)
+    thing = Image.new("1", (round(48 * scale),) * 2).rotate(rng.uniform(-25, 25), expand=True)
+    center = rng.randint(*sorted((0, 48 - thing.width))) + thing.width / 2
+    size, side = "big" if scale > 0.625 else "small", "left" if center < 24 else "right"
+    return f"a {size} {NAMES[label]} on the {side} {'by day' if light > 0.675 else 'at dusk'}"
 
 
-def tokenize(texts, context_length=64, tokenizer=None):
-    """Texts -> ids (n, context_length): start, tokens, end (the largest id), zeros. What is too long is cut
-    before its end. tokenizer: bytes by default. Uses ByteTokenizer, clean."""
-    tokenizer = tokenizer or ByteTokenizer()
-    start, end = tokenizer.vocab_size - 2, tokenizer.vocab_size - 1
-    rows = [[start, *tokenizer.encode(text)[: context_length - 2], end] for text in texts]
-    return torch.tensor([row + [0] * (context_length - len(row)) for row in rows])
-
-
-IMAGE_KEYS = "image image_path filepath file_path file_name filename path file".split()
-CAPTION_KEYS = "caption captions title text description".split()
-
-
-def read_index(path):
-    """Rows of a .csv or .tsv with a header (the separator is found out) or a .jsonl: [(image, captions)].
-    SystemExit if it cannot be read or lacks a column."""
+def read_table(file):
+    """{path of an image: its captions, a line each}, in bytes, of a .csv or .tsv with a header."""
+    captions, header, folder = {}, [], os.path.dirname(file)
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            if path.lower().endswith(".jsonl"):
-                rows = [json.loads(line) for line in file if line.strip()]
-                names = list(dict.fromkeys(name for row in rows for name in row.keys()))
-            else:
-                header = file.readline()
-                separator = max("\t,;|", key=header.count)
-                reader = csv.DictReader(io.StringIO(header + file.read(), newline=""), delimiter=separator)
-                rows, names = list(reader), reader.fieldnames or []
-    except (OSError, ValueError, AttributeError, csv.Error) as error:
-        raise SystemExit(f"{path}: cannot be read: {str(error)[:200]}")
-    known = {name.strip().lower(): name for name in names}
-    image = next((known[key] for key in IMAGE_KEYS if key in known), None)
-    caption = next((known[key] for key in CAPTION_KEYS if key in known), None)
-    if not image or not caption:
-        wanted = ", ".join(CAPTION_KEYS if image else IMAGE_KEYS)
-        raise SystemExit(f"{path}: needs one of {wanted}; it has {', '.join(known)[:150] or 'nothing'}")
-    pairs = []
-    for row in rows:
-        texts = row.get(caption)
-        texts = texts if isinstance(texts, list) else [texts]
-        texts = [str(text) for text in texts if isinstance(text, (str, int, float)) and str(text).strip()]
-        pairs.append((os.path.join(os.path.dirname(path), str(row.get(image))), texts))
-    return pairs
+        with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as opened:
+            dialect = csv.Sniffer().sniff(opened.readline(), delimiters=",;\t|")
+            opened.seek(0)
+            rows = csv.reader(opened, delimiter=dialect.delimiter, skipinitialspace=True)
+            header = [name.strip().lower() for name in next(rows)]
+            image = next(header.index(name) for name in ("path", "image", "filepath") if name in header)
+            caption = next(header.index(name) for name in ("caption", "text", "title") if name in header)
+
+            for row in rows:
+                words = row[caption].split() if len(row) > max(image, caption) else ()
+                if words:
+                    path = os.fsencode(os.path.join(folder, row[image]))
+                    line = " ".join(words).encode(errors="replace") + b"\n"
+                    captions[path] = captions.get(path, b"") + line
+    except (OSError, csv.Error, StopIteration) as error:
+        words = str(error) or f"its header is {', '.join(header)[:99]}"
+        sys.exit(f"--data {file}: {words}; needs columns path|image|filepath and caption|text|title")
+    if not captions:
+        sys.exit(f"--data {file}: has no row with a caption")
+    return captions
+
+
+class Pairs(Dataset):
+    """Images and their captions: item epoch x n + index is a view, the ids of one of its captions, and index.
+    `data` is as --data, but for the demo's other images if not to train. Uses read_table,
+    demo_caption, NAMES, tokenize and Plumbing."""
+
+    def __init__(self, args, data, to_train):
+        self.args, self.rows = args, None
+        size, bicubic = args.image_size, v2.InterpolationMode.BICUBIC
+        view = v2.Compose([v2.Resize(size, bicubic), v2.CenterCrop(size)])  # the official one
+        if to_train:
+            crop = v2.RandomResizedCrop(size, (args.min_scale, 1.0), interpolation=bicubic)
+            view = v2.Compose([crop, v2.RandomHorizontalFlip(0.5 * args.flip)])
+        shortest = size / (0.75 * args.min_scale) ** 0.5  # even a crop of 3 : 4 is not enlarged
+        is_table = str(data).lower().endswith((".csv", ".tsv"))
+        self.images = Images(replace(args, data="demo" if is_table else data), (view,), shortest)
+        items = self.images.items
+
+        if hasattr(items, "column_names"):  # open_data took but the images
+            import datasets
+
+            rows = datasets.load_from_disk(data)
+            rows = rows["train"] if isinstance(rows, dict) else rows
+            if "text" not in rows.column_names:
+                sys.exit(f"--data {data}: needs a column text, has {', '.join(rows.column_names)}")
+            self.rows = rows.select_columns("text")
+            return
+
+        if data == "demo":
+            numbers = range(len(items)) if to_train else range(10**6, 10**6 + 1024)
+            self.images.items = [demo_image(number) for number in numbers]
+            captions = [demo_caption(number).encode() for number in numbers]
+        else:  # the table's images take the place of those that open_data found
+            table = read_table(data if is_table else os.path.join(data, "captions.csv"))
+            self.images.items, captions = np.array([*table]), table.values()
+        self.ends = np.cumsum([0, *map(len, captions)])
+        self.lines = b"".join(captions)  # one object, which workers share
+
+    def texts(self, index):
+        """All captions of an image."""
+        if self.rows is None:
+            return self.lines[self.ends[index] : self.ends[index + 1]].decode().splitlines()
+        found = self.rows[index]["text"]
+        return [found] if isinstance(found, str) else found or [""]
+
+    def __getitem__(self, key):
+        view, index = self.images[key]
+        texts = self.texts(index)
+        text = texts[torch.randint(len(texts), ())]
+        return view, tokenize([text], self.args.context_length, self.args.tokenizer)[0], index
 
 
 # --- Model --------------------------------------------------------------------------------------------------
-TOWERS = {"vit_nano": (128, 6), "vit_tiny": (192, 12), "vit_small": (384, 12)}  # width, depth
+TOWERS = {"vit_nano": (128, 6), "vit_tiny": (192, 12), "vit_small": (384, 12)}  # width, depth; heads of 64
 TOWERS |= {"vit_base": (768, 12), "vit_large": (1024, 24)}
-
-
-def resnet(arch, stem):
-    """torchvision's ResNet without its classifier, images (B, 3, H, W) -> h (B, D); and D."""
-    net = getattr(torchvision.models, arch)()
-    if stem == "cifar":
-        net.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
-        net.maxpool = nn.Identity()
-    width, net.fc = net.fc.in_features, nn.Identity()
-    return net, width
+# names of the image tower: official, and in timm and backbone.pt
+TIMM = {"class_embedding": "cls_token", "positional_embedding": "pos_embed", "conv1.": "patch_embed.proj."}
+TIMM |= {"ln_pre.": "norm_pre.", "ln_post.": "norm.", "transformer.resblocks.": "blocks."}
+TIMM |= {".attn.in_proj_": ".attn.qkv.", ".attn.out_proj.": ".attn.proj.", ".ln_1.": ".norm1."}
+TIMM |= {".ln_2.": ".norm2.", ".mlp.c_fc.": ".mlp.fc1.", ".mlp.c_proj.": ".mlp.fc2."}
 
 
 class CLIPBlock(nn.Module):
@@ -248,8 +226,9 @@ class CLIPBlock(nn.Module):
 
     def __init__(self, dim, quick_gelu, causal):
         super().__init__()
-        self.attn, self.causal = nn.MultiheadAttention(dim, dim // 64, batch_first=True), causal
-        self.ln_1, self.ln_2, self.quick_gelu = nn.LayerNorm(dim), nn.LayerNorm(dim), quick_gelu
+        self.quick_gelu, self.causal = quick_gelu, causal
+        self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = nn.MultiheadAttention(dim, dim // 64, batch_first=True)
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(dim, 4 * dim), "c_proj": nn.Linear(4 * dim, dim)})
 
     def forward(self, x):
@@ -262,116 +241,55 @@ class CLIPBlock(nn.Module):
 
 
 def transformer(dim, depth, quick_gelu, causal=False):
+    """Blocks under the official names. Uses CLIPBlock."""
     blocks = nn.Sequential(*(CLIPBlock(dim, quick_gelu, causal) for _ in range(depth)))
     return nn.Sequential(OrderedDict(resblocks=blocks))
 
 
-def resize_positions(pos_embed, height, width, offset=0.0, antialias=False):
-    """Positions (1, 1 + N, D) of [CLS] and a square grid -> of height x width, bicubic; equal ones stay. An
-    offset, 0.1 in DINO's official code, is added to the new sides and so shifts the grid a little."""
-    side = math.isqrt(pos_embed.shape[1] - 1)
-    if (side, side) == (height, width):
-        return pos_embed
-    grid = rearrange(pos_embed[:, 1:], "one (h w) d -> one d h w", h=side)
-    scale = ((height + offset) / side, (width + offset) / side)
-    new = {"scale_factor": scale} if offset else {"size": (height, width)}
-    grid = F.interpolate(grid, **new, mode="bicubic", align_corners=False, antialias=antialias)
-    return torch.cat([pos_embed[:, :1], rearrange(grid, "one d h w -> one (h w) d")], dim=1)
-
-
-# names of the image tower: in timm and backbone.pt
-TIMM = {"class_embedding": "cls_token", "positional_embedding": "pos_embed", "conv1.": "patch_embed.proj."}
-TIMM |= {"ln_pre.": "norm_pre.", "ln_post.": "norm.", "transformer.resblocks.": "blocks."}
-TIMM |= {".attn.in_proj_": ".attn.qkv.", ".attn.out_proj.": ".attn.proj.", ".ln_1.": ".norm1."}
-TIMM |= {".ln_2.": ".norm2.", ".mlp.c_fc.": ".mlp.fc1.", ".mlp.c_proj.": ".mlp.fc2."}
-
-
-def timm_name(name):
-    for ours, theirs in TIMM.items():
-        name = name.replace(ours, theirs)
-    return name
-
-
-def tower_from_timm(tower, state, prefix, *_):
-    """Before loading: the names and shapes of a backbone.pt become the tower's."""
-    for name, own in tower.named_parameters():
-        if (there := prefix + timm_name(name)) in state and there != prefix + name:
-            tensor = state.pop(there)
-            state[prefix + name] = tensor.reshape(own.shape) if tensor.numel() == own.numel() else tensor
-
-
 class ImageTower(nn.Module):
-    """ViT in the official names: images (B, 3, H, W) -> image features (B, E), and the normed [CLS] before
-    projection (B, D). Uses transformer, CLIPBlock, resize_positions, tower_from_timm, timm_name, TIMM."""
+    """ViT, images (B, 3, S, S) -> image features (B, E), and the normed [CLS] before projection (B, D). Its
+    blocks are initialised as PyTorch does. Uses transformer, CLIPBlock."""
 
     def __init__(self, dim, depth, image_size, patch_size, embed_dim, quick_gelu):
         super().__init__()
+        tokens = 1 + (image_size // patch_size) ** 2
         self.conv1 = nn.Conv2d(3, dim, patch_size, patch_size, bias=False)
-        shapes = (dim,), (1 + (image_size // patch_size) ** 2, dim), (dim, embed_dim)
-        tensors = (nn.Parameter(dim**-0.5 * torch.randn(shape)) for shape in shapes)
-        self.class_embedding, self.positional_embedding, self.proj = tensors
+        self.class_embedding = nn.Parameter(dim**-0.5 * torch.randn(dim))
+        self.positional_embedding = nn.Parameter(dim**-0.5 * torch.randn(tokens, dim))
         self.ln_pre, self.ln_post = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.transformer = transformer(dim, depth, quick_gelu)
-        self._register_load_state_dict_pre_hook(tower_from_timm, with_module=True)  # public in torch 2.5
-
-    def forward(self, images):
-        x = self.conv1(images)
-        positions = resize_positions(self.positional_embedding[None], *x.shape[2:])
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x.flatten(2).mT], dim=1) + positions
-        h = self.ln_post(self.transformer(self.ln_pre(x))[:, 0])
-        return h @ self.proj, h
-
-    def exported(self):
-        """Weights in timm's names, without the projection, and what else their use takes."""
-        new = {timm_name(name): tensor for name, tensor in self.state_dict().items() if name != "proj"}
-        new |= {"cls_token": new["cls_token"][None, None], "pos_embed": new["pos_embed"][None]}
-        block, patch_size = self.transformer.resblocks[0], self.conv1.kernel_size[0]
-        options = {"heads": block.attn.num_heads, "quick_gelu": block.quick_gelu, "eps": 1e-5}
-        return new, options | {"patch_size": patch_size}
-
-
-class ResNetTower(nn.Module):
-    """torchvision's ResNet and a linear projection: images (B, 3, H, W) -> image features (B, E), h (B, D).
-    Uses resnet."""
-
-    def __init__(self, arch, stem, embed_dim):
-        super().__init__()
-        (self.backbone, dim), self.stem = resnet(arch, stem), stem
         self.proj = nn.Parameter(dim**-0.5 * torch.randn(dim, embed_dim))
 
     def forward(self, images):
-        h = self.backbone(images)
+        x = self.conv1(images).flatten(2).mT  # (B, N, D)
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.positional_embedding
+        h = self.ln_post(self.transformer(self.ln_pre(x))[:, 0])
         return h @ self.proj, h
-
-    def exported(self):
-        return self.backbone.state_dict(), {"stem": self.stem}
 
 
 class CLIP(nn.Module):
-    """Image tower `visual` and causal transformer of text in the official names; initialised as those: the
-    blocks of the ViT have PyTorch's initialisation. arch: of TOWERS or RESNETS, or (width, depth) of a ViT.
-    text: width, depth, number of tokens, context length. Uses ImageTower, ResNetTower, resnet, RESNETS,
-    TOWERS, transformer, CLIPBlock, resize_positions, tower_from_timm, timm_name, TIMM."""
+    """Image tower `visual` and causal transformer of text, in the official names and initialisation.
+    arch: of TOWERS, or (width, depth); text: width, depth, number of tokens, context length. Uses TOWERS,
+    ImageTower, transformer, CLIPBlock."""
 
-    def __init__(self, arch, image_size, patch_size, embed_dim, text, quick_gelu=True, stem="imagenet"):
+    def __init__(self, arch, image_size, patch_size, embed_dim, text, quick_gelu=True):
         super().__init__()
-        text_width, text_depth, vocab_size, context_length = text
-        if arch in RESNETS:
-            self.visual = ResNetTower(arch, stem, embed_dim)
-        else:
-            dim, depth = TOWERS.get(arch, arch)
-            self.visual = ImageTower(dim, depth, image_size, patch_size, embed_dim, quick_gelu)
-        self.transformer = transformer(text_width, text_depth, quick_gelu, causal=True)
-        self.token_embedding, self.ln_final = nn.Embedding(vocab_size, text_width), nn.LayerNorm(text_width)
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, text_width))
-        self.text_projection = nn.Parameter(text_width**-0.5 * torch.randn(text_width, embed_dim))
+        dim, depth = TOWERS.get(arch, arch)
+        self.visual = ImageTower(dim, depth, image_size, patch_size, embed_dim, quick_gelu)
+        width, depth, vocabulary, context_length = text
+        self.token_embedding = nn.Embedding(vocabulary, width)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, width))
+        self.transformer = transformer(width, depth, quick_gelu, causal=True)
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
         nn.init.normal_(self.token_embedding.weight, std=0.02)
+        out_std = (2 * width * depth) ** -0.5
         for block in self.transformer.resblocks:
-            out_std = (2 * text_width * text_depth) ** -0.5
-            nn.init.normal_(block.attn.in_proj_weight, std=text_width**-0.5)
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=out_std)
-            nn.init.normal_(block.mlp["c_fc"].weight, std=(2 * text_width) ** -0.5)
+            nn.init.normal_(block.mlp["c_fc"].weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp["c_proj"].weight, std=out_std)
 
     def encode_image(self, images):
@@ -384,28 +302,34 @@ class CLIP(nn.Module):
         return x[torch.arange(len(x), device=x.device), ids.argmax(dim=1)] @ self.text_projection
 
     def forward(self, images, ids):
-        """Image and text features (B, E), of any length, and h (B, D), of the image before projection."""
+        """Image and text features (B, E), of any length; h (B, D); the scale, for each row (B,)."""
         image_features, h = self.visual(images)
-        return image_features, self.encode_text(ids), h
+        scale = self.logit_scale.exp().expand(len(h))  # from here, for DDP to know of its gradient
+        return image_features, self.encode_text(ids), h, scale
+
+
+def clip_of(args):
+    """The model that the flags describe; the tokenizer's largest id is the end of a text."""
+    end = int(tokenize([""], args.context_length, args.tokenizer).max())
+    text = args.text_width, args.text_depth, end + 1, args.context_length
+    return CLIP(args.arch, args.image_size, args.patch_size, args.embed_dim, text, args.quick_gelu)
+
+
+def in_timm_names(tower):
+    """The image tower but its projection {timm's name: tensor}, in the parameters' memory. Uses TIMM."""
+    named = {}
+    for name, tensor in tower.state_dict().items():
+        for ours, theirs in TIMM.items():
+            name = name.replace(ours, theirs)
+        named[name] = tensor
+    del named["proj"]
+    return named | {"cls_token": named["cls_token"][None, None], "pos_embed": named["pos_embed"][None]}
 
 
 # --- Loss ---------------------------------------------------------------------------------------------------
-def gather(rows):
-    """Rows (B, ...) of this process -> of all, by rank; with gradient, the sum of what all processes send."""
-    if not dist.is_initialized():
-        return rows
-    parts = [*rows.new_empty(dist.get_world_size(), *rows.shape)]
-    dist.all_gather(parts, rows.detach().contiguous())
-    parts[dist.get_rank()] = rows  # the only part with a way back
-    gathered = torch.cat(parts)
-    if gathered.requires_grad:
-        gathered.register_hook(lambda grad: (total := grad.clone(), dist.all_reduce(total))[0])
-    return gathered
-
-
 def clip_logits(image_features, text_features, logit_scale):
-    """logit_scale x cosines, (2, B, B x processes): of the images here with all texts, of the texts here with
-    all images; column (B,) of each row's pair. Uses gather."""
+    """logit_scale x cosines (2, B, B x processes): of the images here with all texts, of the texts here with
+    all images; and the column (B,) of each row's pair. Uses gather."""
     dtype = torch.promote_types(image_features.dtype, torch.float32)
     images, texts = (F.normalize(x.to(dtype), dim=1) for x in (image_features, text_features))
     logits = logit_scale * torch.stack([images @ gather(texts).T, texts @ gather(images).T])
@@ -421,35 +345,497 @@ def clip_loss(image_features, text_features, logit_scale):
     return (F.cross_entropy(logits[0], own) + F.cross_entropy(logits[1], own)) / 2
 
 
-def backward_in_chunks(embed, chunks, loss_of, scaler, params):
-    """Gradients of loss_of(z of all chunks) with the activations of one chunk in memory (arXiv 2101.06983).
-    embed(chunk) -> z, h runs twice: without gradient for the loss, then with the gradient of its z. Without
-    DDP, it averages over processes once, at the end. Returns loss, z, h."""
-    with torch.no_grad():
-        parts = [embed(chunk) for chunk in chunks]
-    z, h = (torch.cat(rows) for rows in zip(*parts, strict=True))
-    loss = loss_of(z.requires_grad_())
-    scaler.scale(loss).backward()
-    for chunk, grad in zip(chunks, z.grad.split([len(part[0]) for part in parts]), strict=True):
-        embed(chunk)[0].backward(grad)
-    for p in params if dist.is_initialized() else ():
-        dist.all_reduce(p.grad.div_(dist.get_world_size()))
-    return loss.detach(), z.detach(), h
-
-
 # --- Monitor ------------------------------------------------------------------------------------------------
 @torch.no_grad()
+def pair_statistics(z, scale, ids, index):
+    """Means (5,) over the pairs z (B, 2, E) here, both ways: accuracy, is the own one strictly above all that
+    are no answer; gap, how far their cross-entropy is below chance, that of equal logits; chance; floor, the
+    loss that is left if answers are found; share of texts as long as the context. Answers have one caption or
+    one image with the row: ids, index are of the whole batch. Uses clip_logits, gather."""
+    logits, own = clip_logits(z[:, 0], z[:, 1], scale)
+    captions = torch.unique(ids, dim=0, return_inverse=True)[1]
+    answers = (captions == captions[own, None]) | (index == index[own, None])
+    others = answers.scatter(1, own[:, None], False)
+
+    rows = logits.masked_fill(others, -torch.inf).flatten(0, 1)
+    own = own.repeat(2)
+    rivals = rows.scatter(1, own[:, None], -torch.inf).amax(dim=1)
+    accuracy = (rows.gather(1, own[:, None])[:, 0] > rivals).float().mean()  # a tie is no success
+    chance = rows.isfinite().sum(dim=1).log().mean()
+    floor = answers.sum(dim=1).log().mean()
+    cut = (ids[:, -1] > 0).float().mean()
+    return torch.stack([accuracy, chance - F.cross_entropy(rows, own), chance, floor, cut])
+
+
+def monitor(statistics, z, h, scale):
+    """Metrics of pair_statistics, z (N, 2, E) and h (N, D) of the whole batch; and what is wrong, {words: the
+    metric that shows it}. Uses collapse_metrics."""
+    accuracy, gap, chance, floor, cut = statistics.tolist()
+    metrics = {"clip/contrastive_accuracy": accuracy, "clip/floor": floor, "clip/gap": gap}
+    metrics |= {"clip/logit_scale": scale.item(), "clip/cut": cut}
+    problems, remedy = {}, "do captions fit (views.txt)? else lower --lr"
+    for name, features in (("image", z[:, 0]), ("text", z[:, 1])):
+        spread = collapse_metrics(features)["spread"]
+        metrics[f"clip/{name}_spread"] = spread
+        if spread < 0.01:
+            problems[f"all {name}s have one feature; {remedy}"] = f"clip/{name}_spread"
+    for name, value in collapse_metrics(h, center=True).items():
+        metrics[f"monitor/{name}"] = value
+
+    if accuracy < 2 / math.exp(chance) and gap < 0.01 * chance:
+        problems[f"pairs are found by chance; {remedy}"] = "clip/gap"
+    return metrics, problems
+
+
+@torch.no_grad()
+def zero_shot_classifier(model, classes, templates=("{}",), tokenizer="bytes"):
+    """(E, C): for each class the mean of the text features of length 1 of all templates, of length 1 again
+    (Sec. 3.1.4). Uses tokenize."""
+    texts = [template.replace("{}", name) for name in classes for template in templates]
+    ids = tokenize(texts, len(model.positional_embedding), tokenizer).to(model.logit_scale.device)
+    features = torch.cat([F.normalize(model.encode_text(rows), dim=1) for rows in ids.split(256)])
+    means = features.unflatten(0, (len(classes), len(templates))).mean(dim=1)
+    return F.normalize(means, dim=1).T
+
+
+def recall(similarity, answers):
+    """Of similarity and answers (images, texts), True where a text is one of the image's: share in % of the
+    images that have one of their texts among the k best, and of the texts with one of their images. Ties with
+    a wrong one count as lost."""
+    wrong = {}  # how many are as good as the best answer
+    for name, x, right in [
+        ("image_to_text", similarity, answers),
+        ("text_to_image", similarity.T, answers.T),
+    ]:
+        best = x.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+        wrong[name] = (x.masked_fill(right, -torch.inf) >= best).sum(dim=1)
+    shares = {f"clip/{name}_r{k}": wrong[name] < k for k in (1, 5, 10) for name in wrong}
+    return {name: 100 * found.float().mean().item() for name, found in shares.items()}
+
+
+@torch.no_grad()
+def retrieval(model, pairs):
+    """recall of 5,000 images at most and all their texts. Uses recall, zero_shot_classifier, tokenize, MEAN,
+    STD, seeded."""
+    order = torch.randperm(len(pairs.images.items), generator=seeded(2, 0))[:5000].tolist()
+    features = {}  # by index: what stood in for a broken image comes once
+    for pixels, _, index in DataLoader(pairs, 256, sampler=order):
+        images = v2.functional.normalize(pixels.to(model.logit_scale.device) / 255, MEAN, STD)
+        features |= zip(index.tolist(), F.normalize(model.encode_image(images), dim=1), strict=True)
+
+    own = [pairs.texts(index) for index in features]
+    texts = dict.fromkeys(text for texts in own for text in texts)
+    columns = {text: column for column, text in enumerate(texts)}
+    answers = torch.zeros(len(own), len(columns), dtype=torch.bool)
+    for row, texts in zip(answers, own, strict=True):
+        row[[columns[text] for text in texts]] = True
+    images = torch.stack([*features.values()])
+    similarity = images @ zero_shot_classifier(model, columns, tokenizer=pairs.args.tokenizer)
+    return recall(similarity, answers.to(images.device))
+
+
+@torch.no_grad()
+def classify(args):
+    """Print the probability of each of --prompts for each photo, by the run in --run-dir and its flags;
+    returns {photo: probabilities}."""
+    if len(args.prompts) < 2:
+        sys.exit("--classify: give 2 or more --prompts")
+    folder, found = Path(args.run_dir or "runs/clip"), {}
+    try:
+        held = json.loads((folder / "args.json").read_text())
+        flags = Args(**{name: held[name] for name in asdict(args) if name in held})
+        model, size = clip_of(flags), flags.image_size
+        state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        classifier = zero_shot_classifier(model, args.prompts, tokenizer=flags.tokenizer)
+
+        for file in args.classify:
+            image = ImageOps.fit(read_image(file, size), (size, size), Image.BICUBIC)
+            pixels = v2.functional.pil_to_tensor(image)[None] / 255
+            feature = F.normalize(model.encode_image(v2.functional.normalize(pixels, MEAN, STD)), dim=1)
+            logits = model.logit_scale.exp() * feature @ classifier
+            found[file] = logits.softmax(dim=1)[0].tolist()
+            for share, prompt in sorted(zip(found[file], args.prompts, strict=True), reverse=True):
+                print(f"{file}  {share:6.1%}  {prompt}")
+    except Exception as error:  # no such run, no photo
+        words = " ".join(str(error).split())[:200]
+        sys.exit(f"--classify: needs photos, and in {folder} a run of clip.py: {words}")
+    return found
+
+
+# --- Training -----------------------------------------------------------------------------------------------
+def train(args: Args) -> dict:
+    """Train in the run folder, from its checkpoint if it has one; returns the last metrics."""
+    if args.classify:
+        return classify(args)
+    check_flags(args, may_be_zero="", at_most={"min_scale": 1})
+    if args.image_size % args.patch_size:
+        sys.exit(f"--image-size {args.image_size}: give a multiple of --patch-size {args.patch_size}")
+    if args.text_width % 64 or args.context_length < 3:
+        sys.exit("--text-width: give a multiple of 64; --context-length: 3 or more")
+    rank, world, device, amp = start_processes(args.device, args.amp)
+    pairs = Pairs(args, args.data, to_train=True)
+    measured = None
+    if args.val_data or args.data == "demo":
+        measured = Pairs(args, args.val_data or "demo", to_train=False)
+    images = len(pairs.images.items)
+    micro = images_per_pass(args, images, world)
+    per_epoch = images // args.batch_size
+    total = args.epochs * per_epoch
+    warmup = min(total, round(args.warmup_epochs * per_epoch))
+
+    torch.manual_seed(args.seed)
+    model = clip_of(args).to(device)
+    dim, depth = TOWERS[args.arch]
+    shape = {"img_size": args.image_size, "patch_size": args.patch_size, "num_classes": 0}
+    shape |= {"embed_dim": dim, "depth": depth, "num_heads": dim // 64, "pre_norm": True, "norm_eps": 1e-5}
+    shape["act_layer"] = "quick_gelu" if args.quick_gelu else "gelu"
+    facts = {"builder": "timm.VisionTransformer", "arch_args": shape, "feature_dim": dim}  # for backbone.pt
+    encoder = in_timm_names(model.visual)
+    if args.init:
+        load_encoder(encoder, args.init, shape)
+
+    trained = [*model.parameters()]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay}]
+    groups += [{"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    run = open_run(args, "clip", parts, images, amp)  # loads its checkpoint into the parts
+    step = run.step
+    alarm_from = max(warmup, min(500, total // 5))
+    if args.compile:
+        model.compile()
+    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+
+    keys = pairs.images.batches(args.batch_size, step, args.epochs, rank, world)
+    workers = {"num_workers": args.workers, "worker_init_fn": ignore_signals}
+    loader = DataLoader(pairs, batch_sampler=keys, pin_memory=device.type == "cuda", **workers)
+    mean, std = (torch.tensor(numbers, device=device).view(3, 1, 1) for numbers in (MEAN, STD))
+    if rank == 0:
+        print(f"{args.arch}, {amp}, {world} x {device}, effective learning rate {args.lr:g}, {total} steps")
+
+    def embed(images, ids):  # chunk -> z (b, 2, E), h (b, D), scale (b,)
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            image_features, text_features, h, scale = net(images, ids)
+        z = torch.stack([image_features, text_features], dim=1)
+        return z.to(torch.promote_types(z.dtype, torch.float32)), h, scale
+
+    with guarded(run, total) as signals:  # torchrun: none; adds run.bar, save_at
+        for crops, ids, index in loader:  # all epochs that are left
+            lr = cosine_schedule(step, total, warmup, args.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            if step == 0 and rank == 0:
+                torchvision.utils.save_image(crops[:32] / 255, run.folder / "views.png")
+                captions = [" | ".join(pairs.texts(i)) for i in index[:32].tolist()]
+                (run.folder / "views.txt").write_text("\n".join(captions), "utf-8")
+
+            longest = int(ids.argmax(dim=1).max())  # nothing reads what follows the end
+            pixels = (crops.to(device, non_blocking=True) / 255 - mean) / std
+            texts = ids[:, : longest + 1].to(device, non_blocking=True)
+            chunks = [*zip(pixels.split(micro), texts.split(micro), strict=True)]
+
+            two_passes = len(chunks) > 1  # all z without a graph, later each chunk again (arXiv 2101.06983)
+            with torch.set_grad_enabled(not two_passes):
+                embedded = [embed(*chunk) for chunk in chunks]
+            z, h, scale = (torch.cat(rows) for rows in zip(*embedded, strict=True))
+            z.requires_grad_()  # in two passes a leaf, with its own gradient
+            scale.requires_grad_()
+            loss = clip_loss(z[:, 0], z[:, 1], scale[0])  # of own rows against all; DDP takes the mean
+
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            if two_passes:  # so far z and scale alone have a gradient
+                grads = zip(z.grad.split(micro), scale.grad.split(micro), strict=True)
+                for i, (chunk, grad) in enumerate(zip(chunks, grads, strict=True)):
+                    net.require_backward_grad_sync = i == len(chunks) - 1  # DDP's mean, once a step
+                    again, _, scale_again = embed(*chunk)
+                    torch.autograd.backward([again, scale_again], grad)
+
+            step += 1
+            run.bar.update()
+            at_log = step == 1 or step % args.log_every == 0 or step == total
+            scaler.unscale_(optimizer)
+            if at_log or signals:  # only here does a step wait for the device, float16's scaler apart
+                loss = gather(loss.detach()[None]).mean()
+                grad_norm = torch.stack([p.grad.norm() for p in trained]).norm()
+                check_finite(step, loss, grad_norm, scaler)
+            scaler.step(optimizer)
+            scaler.update()
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, math.log(100))  # Sec. 2.5: at most 100
+
+            if at_log:
+                metrics = {"train/loss": loss.item(), "train/lr": lr, "train/grad_norm": grad_norm.item()}
+                ids, index = gather(ids.to(device)), gather(index.to(device))
+                z, scale = z.detach(), scale[0].detach()
+                statistics = gather(pair_statistics(z, scale, ids, index)[None]).mean(dim=0)
+                found, problems = monitor(statistics, gather(z), gather(h.detach()), scale)
+
+                if step == total and rank == 0 and measured:
+                    began = time.monotonic()
+                    metrics |= retrieval(model, measured)
+                    run.since += time.monotonic() - began  # no part of the training's pace
+                log_metrics(run, step, metrics | found, problems, alarm_from)
+            if at_log and time.monotonic() >= run.save_at:
+                save_run(run, step, encoder, **facts)
+            if signals:
+                break
+
+        save_run(run, step, encoder, **facts)
+    return run.recent[-1] if run.recent else {}
+
+
+# --- Plumbing -----------------------------------------------------------------------------------------------
+THINGS = (0x183C7EFFFF7E6666, 0x183C7E3C7EFF1818, 0x3C2CFFFFFF6600, 0x101814161EFF7E3C, 0x81C3FF99FF7E3C18)
+THINGS += (0x3C7EFFFF18181C3C, 0xFCFEFEFCFC7800, 0x1C22221C08180C08, 0x60FC67EFE7C1018, 0x185A3C185ADB7E18)
+IMAGE_ENDINGS = (b".jpg", b".jpeg", b".png", b".bmp", b".webp", b".tif", b".tiff")
+TESTS = ("val", "valid", "validation", "test", "testing")
+NOT_TRAINING = ("workers", "device", "compile", "run_dir", "log_every", "save_minutes")
+
+
+def demo_image(index):
+    """Photo `index` of a small world, 48 x 48, and its class: one of ten THINGS, from a house to a flower."""
+    rng = random.Random(index)
+    label, scale, light = rng.randrange(10), rng.uniform(0.35, 0.9), rng.uniform(0.35, 1.0)
+    thing = Image.frombytes("1", (8, 8), THINGS[label].to_bytes(8, "big")).convert("L")
+    thing = thing.resize((round(48 * scale),) * 2, Image.BICUBIC)
+    thing = thing.rotate(rng.uniform(-25, 25), Image.BICUBIC, expand=True)
+    corner = tuple(rng.randint(*sorted((0, 48 - side))) for side in thing.size)
+    image = Image.new("RGB", (48, 48), (180, 205, 235))
+    image.paste(((140, 70, 50), (50, 105, 60), (95, 75, 150))[label % 3], corner, thing)
+    image = Image.blend(Image.new("RGB", (48, 48)), image, light)
+    noise = Image.frombytes("L", (48, 48), rng.randbytes(48 * 48)).convert("RGB")
+    return Image.blend(image, noise, 0.25), label
+
+
+def image_paths(folder):
+    """Paths of the images below a folder, sorted: an array of bytes, which workers share, with room for any
+    name. Hidden (.thumbnails, ._IMG.jpg, @eaDir) is no photo; links are followed where nothing else leads."""
+    files, entered, waiting, hidden = [], set(), [os.fsencode(folder)], (b".", b"@", b"__MACOSX")
+    while waiting:  # first without links
+        for at, folders, names in os.walk(waiting.pop(0)):
+            if os.path.realpath(at) in entered:
+                folders.clear()
+                continue
+            entered.add(os.path.realpath(at))
+            folders[:] = sorted(name for name in folders if not name.startswith(hidden))
+            waiting += [link for name in folders if os.path.islink(link := os.path.join(at, name))]
+            files += [os.path.join(at, name) for name in names if not name.startswith(hidden)]
+
+    images = [file for file in files if file.lower().endswith(IMAGE_ENDINGS)]
+    if not images:
+        found = b" ".join(sorted({os.path.splitext(file)[1] for file in files})).decode(errors="replace")
+        readable = b" ".join(IMAGE_ENDINGS).decode()
+        words = "no images found" if os.path.isdir(folder) else "there is no such folder"
+        sys.exit(f"--data {folder}: {words}; reads {readable}, found {found or 'nothing'}")
+    return np.array(sorted(images))
+
+
+def stretched(image):
+    """A picture of one deep band -> 8 bits: what is finite and not nodata, from its .1 to 99.9 percentile."""
+    values = np.asarray(image, dtype=np.float64)
+    nodata = float(getattr(image, "tag_v2", {}).get(42113, -9999))  # GDAL's tag, and the custom
+    valid = np.isfinite(values) & ~np.isclose(values, nodata, rtol=1e-6, atol=0)
+    low, high = np.percentile(values[valid], (0.1, 99.9)) if valid.any() else (0, 0)
+    if low == high and valid.any():
+        low, high = values[valid].min(), values[valid].max()
+    if low == high:
+        return Image.new("L", image.size, 128)
+    values = np.where(valid, values, low).clip(low, high)
+    return Image.fromarray(np.uint8((values - low) / (high - low) * 255 + 0.5))
+
+
+def read_image(file, shortest):
+    """Any photo, a path or an open file, as upright 8-bit RGB, on white where it is transparent. A large JPEG
+    is decoded smaller, no side below `shortest` pixels. Uses stretched."""
+    if not hasattr(file, "read"):
+        with open(file, "rb") as opened:  # by its path a raw TIFF would be mapped, and turned wrongly
+            return read_image(opened, shortest)
+    Image.MAX_IMAGE_PIXELS = None  # phones make 200 megapixels
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # of a broken file we say more
+    image = Image.open(file)
+    if image.width * image.height > 2**28:
+        raise ValueError(f"claims to have {image.width} x {image.height} pixels")
+    image.draft(None, (math.ceil(shortest),) * 2)
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+
+    if image.mode[0] in "IF":
+        image = stretched(image)
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def seeded(*integers):
+    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step, 4 layers), seed, number; no strings,
+    whose hash differs between processes. So workers, processes and a resume change nothing."""
+    return torch.Generator().manual_seed(hash(integers) % 2**63)
+
+
+def ignore_signals(worker):
+    """In a worker: the training process gets them too, and ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def open_data(data):
+    """What --data names, to be indexed: pairs (image, label), rows of Arrow {"image": ...}, or paths."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if data == "demo":
+        return [demo_image(index) for index in range(4096)]
+    if os.path.isdir(data) and {"dataset_info.json", "dataset_dict.json"} & {*os.listdir(data)}:
+        try:
+            import datasets  # Hugging Face's; its files are mapped, workers copy nothing
+
+            rows = datasets.load_from_disk(data)
+            rows = rows["train"] if isinstance(rows, dict) else rows
+            return rows.select_columns("image").cast_column("image", datasets.Image(decode=False))
+        except Exception as error:
+            sys.exit(f"--data {data}: needs `pip install datasets`, a column image, a split train ({error})")
+
+    if os.path.isdir(data):
+        paths, names = image_paths(data), os.listdir(data)
+        has_train = {"train", "training"} & {name.lower() for name in names}
+        for name in [name for name in names if has_train and name.lower() in TESTS]:
+            is_test = np.char.startswith(paths, os.fsencode(os.path.join(data, name, "")))
+            paths = paths[~is_test]
+            if rank == 0:
+                print(f"{is_test.sum()} images in {os.path.join(data, name)} are left out")
+        return paths
+
+    if rank > 0:
+        dist.barrier()  # process 0 downloads, then the others read
+    try:
+        pairs = getattr(torchvision.datasets, data)("data", download=True)
+    except Exception as error:
+        words = f"no such folder, no download by torchvision ({' '.join(str(error).split())})"
+        sys.exit(f"--data {data}: {words}; give a folder, or demo")
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
+    return pairs
+
+
+class Images(Dataset):
+    """Images of --data; item epoch x n + index is (*views, index), random by that key alone: what functions
+    `views` make of a uint8 image (3, H, W), read with at least `shortest` pixels a side."""
+
+    def __init__(self, args, views, shortest):
+        self.args, self.views, self.shortest = args, views, shortest
+        self.items, self.broken = open_data(args.data), set()
+
+    def __getitem__(self, key):
+        for number in range(key, key + 100):
+            index = number % len(self.items)
+            name = f"{self.args.data}[{index}]"
+            try:
+                item = self.items[index]
+                if isinstance(item, bytes):
+                    name = item.decode(errors="backslashreplace")
+                    image = read_image(item, self.shortest)
+                elif isinstance(item, dict):
+                    image = read_image(io.BytesIO(item["image"]["bytes"]), self.shortest)
+                else:
+                    image = item[0].convert("RGB")
+                torch.default_generator.manual_seed(seeded(1, self.args.seed, key).initial_seed())
+                pixels = v2.functional.pil_to_tensor(image)  # resizes 3 x as fast as PIL, alike to 2 of 255
+                return *(view(pixels) for view in self.views), index
+            except Exception as error:  # whatever a decoder raises
+                if index not in self.broken:
+                    words = str(error).partition(" <")[0]  # without the name of Pillow's object
+                    tqdm.write(f"{name} cannot be read, the next takes its place: {words}", sys.stderr)
+                self.broken.add(index)
+        raise OSError(f"--data: 100 files in a row cannot be read, the last is {name}")
+
+    def batches(self, batch_size, step, epochs, rank, world):
+        """Keys of this process's slice of each global batch from `step` on; an epoch drops its rest."""
+        n, per_epoch = len(self.items), len(self.items) // batch_size
+        for epoch in range(step // per_epoch, epochs):
+            keys = epoch * n + torch.randperm(n, generator=seeded(2, self.args.seed, epoch))
+            for batch in keys.split(batch_size)[step % per_epoch : per_epoch]:
+                yield batch.chunk(world)[rank].tolist()
+            step = 0
+
+
+def check_flags(args, may_be_zero, at_most):
+    """SystemExit unless all numbers are above 0, or 0 if named in may_be_zero, and at most at_most[name]."""
+    may_be_zero += " epochs micro_batch_size weight_decay warmup_epochs workers seed save_minutes"
+    for name, value in asdict(args).items():
+        for number in value if isinstance(value, tuple) else [value]:
+            least, most = 0 if name in may_be_zero.split() else 1e-12, at_most.get(name, 2**63 - 1)
+            if type(number) in (int, float) and not least <= number <= most:
+                allowed = f"{'above' if least else 'at least'} 0 and at most {most}"
+                sys.exit(f"--{name.replace('_', '-')} {value}: must be {allowed}")
+
+
+def images_per_pass(args, images, world):
+    """By --micro-batch-size; SystemExit unless processes share the batch, and passes a process's, evenly."""
+    if not 2 * world <= args.batch_size <= images or args.batch_size % world:
+        allowed = f"give a multiple of {world}, from {2 * world} to {images}, the images in {args.data}"
+        sys.exit(f"--batch-size {args.batch_size}: {allowed}")
+    share = args.batch_size // world
+    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    micro = getattr(args, "micro_batch_size", 0) or share
+    if micro not in sizes:
+        sys.exit(f"--micro-batch-size {micro}: give what divides the {share} of a process: {sizes}")
+    return micro
+
+
+def start_processes(device, amp):
+    """From torchrun's environment: rank, number of processes, device, autocast type (None: float32)."""
+    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if world > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        sys.exit(f"WORLD_SIZE is {world}, without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: use torchrun")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            sys.exit(f"--device cuda: no GPU for process {local} of this machine; use --device cpu")
+        torch.cuda.set_device(local)
+    if world > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+
+    if amp == "auto" and device == "cuda":
+        amp = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+    return rank, max(world, 1), torch.device(device, local if device == "cuda" else 0), dtype
+
+
+def gather(rows):
+    """Rows (B, ...) of this process -> of all, by rank; with gradient, the sum of what all processes send."""
+    if not dist.is_initialized():
+        return rows
+    parts = [*rows.new_empty(dist.get_world_size(), *rows.shape)]
+    dist.all_gather(parts, rows.detach().contiguous())
+    parts[dist.get_rank()] = rows  # the only part with a way back
+    gathered = torch.cat(parts)
+    if gathered.requires_grad:
+        gathered.register_hook(lambda grad: (total := grad.clone(), dist.all_reduce(total))[0])
+    return gathered
+
+
+def cosine_schedule(step, total, warmup, base, final=0.0):
+    """From 0 in a straight line to base at step `warmup`, then in half a cosine to final at step `total`."""
+    if step < warmup:
+        return base * step / warmup
+    return final + (base - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup or 1)))
+
+
+@torch.no_grad()
 def collapse_metrics(features, center=False):
-    """How much room features (B, D) take, of all processes together (all must call it). Uses gather.
-    feature_std: sqrt(D) x mean std of rows of length 1; 1 isotropic, 0 all alike. spread: 1 - |mean row|^2.
-    effective_rank: RankMe (arXiv 2210.02885), directions in use of min(rows, D); center departs, for h."""
-    z = gather(features.detach().float())
-    z = (z.cpu() if z.is_mps else z).double()
+    """How much room the first 2,048 rows of features (B, D) take. feature_std: sqrt(D) x mean std of rows of
+    length 1; 1 isotropic, 0 all alike. spread: 1 - |mean row|^2. effective_rank: RankMe (arXiv 2210.02885),
+    directions in use of min(rows, D); center: of rows less their mean, as RankMe does not."""
+    z = features[:2048].double()
     unit = F.normalize(z, dim=1)
-    std, spread = (
-        z.shape[1] ** 0.5 * unit.std(dim=0, correction=min(1, len(unit) - 1)).mean(),
-        1 - unit.mean(dim=0).square().sum(),
-    )
+    std = z.shape[1] ** 0.5 * unit.std(dim=0, correction=min(1, len(unit) - 1)).mean()
+    spread = 1 - unit.mean(dim=0).square().sum()
+
     centered = z - z.mean(dim=0) if center else z
     rank = torch.ones(())  # of nearly constant rows, whose rounding noise would have a high one
     if centered.norm() > 1e-3 * z.norm():
@@ -460,674 +846,172 @@ def collapse_metrics(features, center=False):
     return {"feature_std": std.item(), "spread": spread.item(), "effective_rank": rank.item()}
 
 
-@torch.no_grad()
-def clip_metrics(image_features, text_features, ids, logit_scale):
-    """Of all processes: contrastive_accuracy, share of rows whose pair is STRICTLY above all others, and gap,
-    how far cross-entropy is below chance, that of equal logits, all without other pairs with the row's
-    caption, by ids (B, N); floor: the loss that those leave. Uses clip_logits, gather."""
-    logits, own = clip_logits(image_features, text_features, logit_scale)
-    weights = torch.randint(2**62, ids.shape[1:], generator=torch.Generator().manual_seed(0))
-    keys = (ids * weights.to(ids.device)).sum(dim=1)  # one number for each caption
-    again = (keys[:, None] == gather(keys)).scatter(1, own[:, None], False)
-    rows, own = logits.masked_fill(again, -torch.inf).flatten(0, 1), own.repeat(2)[:, None]
-    right = rows.gather(1, own)[:, 0] > rows.scatter(1, own, -torch.inf).amax(dim=1)
-    chance = rows.isfinite().sum(dim=1).log()
-    gap = chance - F.cross_entropy(rows, own[:, 0], reduction="none")
-    floor = (1 + again.sum(dim=1)).log().repeat(2)
-    values = torch.stack([right.float(), gap, chance, floor]).mean(dim=1)
-    names = "contrastive_accuracy", "gap", "chance", "floor"
-    return dict(zip(names, gather(values[None]).mean(dim=0).tolist(), strict=True))
+def open_run(args, method, parts, images, amp):
+    """The run: its folder and what a checkpoint there holds, which goes into the parts, too. SystemExit if it
+    is a run of other flags, another number of images or autocast type."""
+    flags = asdict(args) | {"data": os.path.normpath(args.data)}  # photos/ is photos
+    flags = {name: value for name, value in flags.items() if name not in NOT_TRAINING}
+    changed = {name: value for name, value in flags.items() if value != getattr(type(args), name)}
+    mark = "-" + hashlib.sha1(json.dumps(changed).encode()).hexdigest()[:8] if changed else ""
+    folder = Path(args.run_dir or f"runs/{method}{mark}")
+    record = json.loads(json.dumps({"method": method} | flags | {"images": images, "autocast": str(amp)}))
+    anew = f"to begin anew delete {folder}, or give another --run-dir"
+    state = {"step": 0, "logged": 0, "recent": [], "first": {}, "streak": 0, "alarm": 0.0, "words": ""}
+    try:
+        held = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else record
+        differ = [name for name in record if held.get(name) != record[name]]
+        if differ:
+            words = ", ".join(f"{name} {held.get(name)}, not {record[name]}" for name in differ)
+            hint = f" and --init {folder}/backbone.pt" * ({*differ} <= {"epochs", "images"})
+            sys.exit(f"{folder} holds a run with {words}: {anew}{hint}")
+        if (folder / "checkpoint.pt").exists():
+            saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            state = {name: saved[name] for name in state}
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+
+        run = SimpleNamespace(folder=folder, args=args, method=method, parts=parts, kept=[*state], **state)
+        run.rank = dist.get_rank() if dist.is_initialized() else 0
+        run.per_epoch = images // args.batch_size
+        if run.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "args.json").exists():
+                temporary = folder / f"args.json.{os.getpid()}.tmp"  # others may read it now
+                temporary.write_text(json.dumps(record | {"torch": torch.__version__}, indent=1))
+                os.replace(temporary, folder / "args.json")
+            with open(folder / "metrics.jsonl", "a") as log:
+                log.truncate(min(log.tell(), run.logged))  # what came after the checkpoint is done again
+            print(f"{images} images in {args.data}. Run folder {folder}, step {run.step}")
+        return run
+    except Exception as error:  # of the disk, or of a damaged file
+        words = " ".join(str(error).split())[:150]
+        sys.exit(f"{folder}: args.json or checkpoint.pt is damaged, or the disk is full: {words}: {anew}")
 
 
-def collapse_alarm(state, step, armed_after, problems):
-    """1.0 from the third log point in a row with a problem, {words: holds}, printed once, to the third
-    without; counts after step armed_after. state: {} at first, kept in the checkpoint."""
-    if step > armed_after:
-        last = state["last"] = [*state.get("last", ()), any(problems.values())][-3:]
-        if last == [True] * 3 and not state.get("rings"):
-            tqdm.write(f"COLLAPSE at step {step}: " + " | ".join(w for w in problems if problems[w]))
-        state["rings"] = last == [True] * 3 or (state.get("rings", False) and last != [False] * 3)
-    return float(state.get("rings", False))
+def load_encoder(encoder, path, arch_args):
+    """Start the encoder {name: tensor} from a backbone.pt (--init); all of it has to fit."""
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+        weights, built = held["state_dict"], arch_args | held.get("arch_args", {})
+        alike = {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in encoder.items()}
+        hidden = ("num_heads", "act_layer")  # which no shape shows
+        if not alike or any(built[name] != arch_args[name] for name in hidden if name in arch_args):
+            raise ValueError("its weights are not those of this encoder")
+    except Exception as error:  # no such file, no backbone.pt
+        sys.exit(f"--init {path}: {' '.join(str(error).split())[:200]}; convert.py makes a backbone.pt")
+    for name, tensor in encoder.items():
+        tensor.copy_(weights[name])
 
 
-@torch.no_grad()
-def embed_texts(model, texts, tokenizer=None):
-    """Texts -> features (n, E) of length 1. Uses tokenize, ByteTokenizer, clean."""
-    ids = tokenize(texts, len(model.positional_embedding), tokenizer).to(model.logit_scale.device)
-    return torch.cat([F.normalize(model.encode_text(rows).float(), dim=1) for rows in ids.split(256)])
+@contextlib.contextmanager
+def guarded(run, total, last=True):
+    """Around the loop. In one process Ctrl-C and SIGTERM go into the list it yields, so that it ends after
+    the step in hand; a second one ends at once. Errors of disk and workers end in one line. last: no loop
+    comes after it."""
+    signals, hook = [], threading.excepthook
+
+    def note(number, frame):
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+
+    alone = not dist.is_initialized() and threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM) if alone}
+    threading.excepthook = lambda _: None  # of TensorBoard, where the disk is full: its next call says so
+    run.since, run.last = time.monotonic(), run.step
+    run.save_at = run.since + 60 * run.args.save_minutes
+    try:
+        writer = SummaryWriter(run.folder, purge_step=run.step + 1) if run.rank == 0 else None
+        writer = writer or contextlib.nullcontext()
+        with tqdm(total=total, initial=run.step, disable=run.rank > 0) as run.bar, writer as run.board:
+            yield signals
+    except (KeyboardInterrupt, OSError) as error:
+        traceback.clear_frames(error.__traceback__)  # or the loader lives on and waits for its workers
+        words = (str(error) or "interrupted").splitlines()[-1]
+        sys.exit(f"{words}; the same command goes on from the last checkpoint")
+    finally:
+        threading.excepthook = hook
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    if signals:
+        sys.exit(f"stopped after step {run.step}, saved; the same command goes on")
+    if run.rank == 0:
+        print(f"{run.folder}/backbone.pt: {run.words}")
+    if last and dist.is_initialized():
+        dist.barrier()  # in torch 2.4 gloo may wait for ever in the next line
+        dist.destroy_process_group()
 
 
-def zero_shot_classifier(model, classes, templates, tokenizer=None):
-    """(E, C): for each class the mean of the text features of length 1 of all templates, of length 1 again
-    (Sec. 3.1.4). Uses embed_texts, tokenize, ByteTokenizer, clean."""
-    texts = [template.replace("{}", name) for name in classes for template in templates]
-    features = embed_texts(model, texts, tokenizer).unflatten(0, (len(classes), -1))
-    return F.normalize(features.mean(dim=1), dim=1).T
+def check_finite(step, loss, grad_norm, scaler):
+    """SystemExit if the loss, or the gradient of a step that float16 would not skip, is absurd."""
+    skips = scaler.is_enabled() and scaler.get_scale() > 1
+    if not (loss if skips else loss + grad_norm) < 1e9:
+        remedy = "lower the learning rate; or are the images of a batch all alike, black?"
+        sys.exit(f"step {step}: loss {loss:g}, gradient {grad_norm:g}; {remedy}")
 
 
-def recall(similarity):
-    """Of similarity (n, n) of images and texts: share of rows, and of columns, in %, whose pair, on the
-    diagonal, is among the 1, 5, 10 best; ties count as lost."""
-    result, own = {}, similarity.diagonal()
-    for name, rows in (("image_to_text", similarity), ("text_to_image", similarity.T)):
-        rank = (rows >= own[:, None]).sum(dim=1)
-        for k in (1, 5, 10):
-            result[f"{name}_r{k}"] = 100 * (rank <= k).float().mean().item()
-    return result
+def log_metrics(run, step, metrics, problems, alarm_from):
+    """Metrics {tag: value} to metrics.jsonl, TensorBoard and the bar. The alarm rings from the third time in
+    a row, after step alarm_from, with a problem {words: tag} whose metric is hardly better than ten times
+    ago, to the third without."""
+    before = run.recent[0] if run.recent else metrics
+    better = {tag: metrics[tag] > before[tag] + 0.01 + 0.1 * abs(before[tag]) for tag in problems.values()}
+    lasting = [words for words, tag in problems.items() if not better[tag]]
+    if step > alarm_from:
+        run.streak = max(run.streak, 0) + 1 if lasting else min(run.streak, 0) - 1
+    if run.streak == 3 and not run.alarm and run.rank == 0:
+        tqdm.write(f"COLLAPSE at step {step}: {' | '.join(lasting)}")
+    if abs(run.streak) >= 3:
+        run.alarm = float(run.streak > 0)
+    metrics["monitor/alarm"] = run.alarm
+    now, seen = time.monotonic(), run.args.batch_size * (step - run.last)
+    metrics["perf/images_per_second"] = seen / (now - run.since)
 
-
-def caption_page(images, texts):
-    """uint8 page (3, H, W) of images (n, 3, H, W) in [0, 1], beside each its list of texts."""
-    side, texts = max(96, images.shape[-1]), [[" ".join(x.split())[:100] for x in lines] for lines in texts]
-    width = side + 8 + 6 * max(len(line) for lines in texts for line in lines)
-    page = Image.new("RGB", (width, (side + 4) * len(images)), "white")
-    for i, (image, lines) in enumerate(zip(images, texts, strict=True)):
-        picture = v2.functional.to_pil_image(image.clamp(0, 1).float().cpu()).resize((side, side))
-        page.paste(picture, (0, i * (side + 4)))
-        text = "\n".join(lines).encode("latin-1", "replace").decode("latin-1")  # what Pillow's own font has
-        ImageDraw.Draw(page).multiline_text((side + 8, i * (side + 4)), text, fill="black")
-    return v2.functional.pil_to_tensor(page)
-
-
-# --- Plumbing -----------------------------------------------------------------------------------------------
-WORLD = dict(house=0x183C7EFFFF7E6666, tree=0x183C7E3C7EFF1818, car=0x3C2CFFFFFF6600, boat=0x101814161EFF7E3C)
-WORLD |= dict(cat=0x81C3FF99FF7E3C18, mushroom=0x3C7EFFFF18181C3C, cup=0x00FCFEFEFCFC7800)
-WORLD |= dict(key=0x1C22221C08180C08, bird=0x060FC67EFE7C1018, flower=0x185A3C185ADB7E18)  # 8 x 8 bitmaps
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-NOT_TRAINING = "workers device compile run_dir restart log_every checkpoint_every picture_every".split()
-
-
-def demo_image(index):
-    """Photo `index` of a small built-in world: 48 x 48 RGB, its class 0..9, its caption."""
-    rng = random.Random(index)
-    label, scale, light = rng.randrange(10), rng.uniform(0.35, 0.9), rng.uniform(0.35, 1.0)
-    name, bitmap = list(WORLD.items())[label]
-    thing = Image.frombytes("1", (8, 8), bitmap.to_bytes(8, "big")).convert("L")
-    thing = thing.resize((round(48 * scale),) * 2, Image.BICUBIC)
-    thing = thing.rotate(rng.uniform(-25, 25), Image.BICUBIC, expand=True)
-    x, y = (rng.randint(*sorted((0, 48 - side))) for side in thing.size)
-    image = Image.new("RGB", (48, 48), (180, 205, 235))
-    image.paste(((140, 70, 50), (50, 105, 60), (95, 75, 150))[label % 3], (x, y), thing)
-    image = Image.blend(Image.new("RGB", (48, 48)), image, light)
-    noise = Image.frombytes("L", (48, 48), rng.randbytes(48 * 48)).convert("RGB")
-    size, side = "big" if scale > 0.625 else "small", "left" if x + thing.width / 2 < 24 else "right"
-    caption = f"a {size} {name} on the {side} {'by day' if light > 0.675 else 'at dusk'}"
-    return Image.blend(image, noise, 0.25), label, caption
-
-
-def read_image(path, image_size, min_scale):
-    """Any photo as upright 8-bit RGB. A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size if even then the
-    smallest crop (min_scale of the area, aspect 3/4) has image_size pixels a side."""
-    Image.MAX_IMAGE_PIXELS = None  # phones make 200 megapixels
-    with open(path, "rb") as file:  # by its path a raw TIFF would be mapped into memory, and turned wrongly
-        image = Image.open(file)
-        shrink = max(1, min(*image.size, math.sqrt(0.75 * min_scale * math.prod(image.size))) / image_size)
-        image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda value: value / 257)  # 16 bits, which convert() would clip
-    return image.convert("RGB")
-
-
-class Images(Dataset):
-    """Images of --data, no labels: item epoch x len + index is a list of views, random by that key alone."""
-
-    def __init__(self, data, views, seed, image_size, min_scale, rank):
-        self.views, self.seed, self.reading, ignored = views, seed, (image_size, min_scale), 0
-        if data == "demo":
-            self.items = [demo_image(index) for index in range(4096)]
-        elif os.path.isdir(data):
-            root = os.path.join(data, "train" if os.path.isdir(os.path.join(data, "train")) else "")
-            walk = os.walk(root, followlinks=True)
-            files = sorted(os.path.join(at, name) for at, _, names in walk for name in names)
-            self.items = [file for file in files if file.lower().endswith(IMAGE_ENDINGS)]
-            ignored = len(files) - len(self.items)
-        else:
-            if rank:
-                dist.barrier()  # the first process downloads, then the others read
-            try:
-                self.items = getattr(torchvision.datasets, data)("data", download=True)
-            except Exception as error:  # no such name, no network
-                raise SystemExit(f"--data {data}: no folder, no download ({error}). Give a folder, or demo")
-            if dist.is_initialized() and not rank:
-                dist.barrier()
-        self.found = f"{len(self.items)} images in {data}, {ignored} other files ignored"
-
-    def __getitem__(self, key):
-        for number in range(key, key + 100):
-            item = index = number % len(self.items)
-            try:
-                item = self.items[index]
-                image = read_image(item, *self.reading) if isinstance(item, str) else item[0].convert("RGB")
-                torch.default_generator.manual_seed(hash((self.seed, 1, key)) % 2**32)
-                pixels = v2.functional.pil_to_tensor(image)  # resizes 3 x as fast as PIL, alike to 2 of 255
-                return self.sample(index, pixels)
-            except Exception as error:  # whatever a decoder raises
-                warnings.warn(f"{item} cannot be read, the next one takes its place: {error}", stacklevel=2)
-        raise OSError(f"--data: 100 files in a row cannot be read, the last is {item}")
-
-    def sample(self, index, pixels):
-        return [view(pixels) for view in self.views]
-
-    def batches(self, batch_size, step, epochs, rank, world):
-        """Keys of this process's slice of each global batch from `step` on, dropping an epoch's rest."""
-        n = len(self.items)
-        start, skip = divmod(step, n // batch_size)
-        for epoch in range(start, epochs):
-            shuffle = torch.Generator().manual_seed(hash((self.seed, 2, epoch)) % 2**32)
-            for batch in torch.randperm(n, generator=shuffle).split(batch_size)[skip : n // batch_size]:
-                yield (epoch * n + batch.chunk(world)[rank]).tolist()
-            skip = 0
-
-
-def check_flags(args, may_be_zero, **at_most):
-    """SystemExit unless all numbers are above 0, or 0 if in may_be_zero, and at most at_most[name]."""
-    for name, value in asdict(args).items():
-        least, limit = 0 if name in may_be_zero else 1e-12, 2**63 - 1 if name == "seed" else 1e99
-        most = at_most.get(name, limit)
-        numbers = [x for x in (value if isinstance(value, tuple) else [value]) if type(x) in (int, float)]
-        if not all(least <= number <= most for number in numbers):
-            allowed = ("above 0" if least else "0 or more") + (f", at most {most}" if most < 1e99 else "")
-            raise SystemExit(f"--{name.replace('_', '-')} {value}: must be {allowed}")
-
-
-def start_processes(device, amp):
-    """From torchrun's environment: rank, number of processes, device, autocast type (None: float32)."""
-    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    mps = torch.backends.mps.is_available() and world < 2  # gloo cannot gather its tensors
-    here = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
-    kind = next(kind for kind in here if here[kind]) if device == "auto" else device
-    if not here[kind]:
-        raise SystemExit(f"--device {kind}: PyTorch finds none on this machine; use --device auto")
-    if kind == "cuda":
-        if local >= torch.cuda.device_count():
-            raise SystemExit(f"process {local + 1} of this machine has no GPU; lower --nproc-per-node")
-        torch.cuda.set_device(local)
-    if world > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    auto = "off" if kind != "cuda" else "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[auto if amp == "auto" else amp]
-    return rank, max(world, 1), torch.device(kind, local if kind == "cuda" else 0), dtype
-
-
-def cosine_schedule(step, total, warmup, base, final=0.0):
-    """From 0 in a straight line to base at step `warmup`, then in half a cosine to final at step `total`."""
-    if step < warmup:
-        return base * step / warmup
-    return final + (base - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    run.since, run.last = now, step
+    run.first, run.recent = run.first or metrics, [*run.recent, metrics][-10:]
+    own = [tag for tag in metrics if tag.startswith(("train/loss", run.method, "monitor/effective_rank"))]
+    run.words = ", ".join(f"{tag.split('/')[1]} {metrics[tag]:.4g}" for tag in own[:4])
+    run.bar.set_postfix_str(run.words)
+    if run.rank == 0:
+        for tag, value in metrics.items():
+            run.board.add_scalar(tag, value, step)
+        line = {"step": step, "epoch": (step - 1) // run.per_epoch}
+        line |= {tag: value for tag, value in metrics.items() if math.isfinite(value)}
+        with open(run.folder / "metrics.jsonl", "a") as log:
+            log.write(json.dumps(line) + "\n")
 
 
 def save_checkpoint(path, **state):
     """Write tensors and plain dicts in one step: a kill at any moment leaves the old file or the new one."""
-    with open(f"{path}.tmp", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
-
-
-def load_checkpoint(path, method):
-    """What save_checkpoint wrote, on the CPU; SystemExit if it is damaged or another method's."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # of zip, pickle or the disk
-        state = {}
-    if not isinstance(state, dict) or state.get("method") != method:
-        raise SystemExit(f"{path} is damaged, or not of {method}: use another --run-dir, or --restart")
-    return state
-
-
-def load_encoder(model, prefix, path, rank):
-    """Start the encoder, `prefix` in the model, from a backbone.pt (--init); SystemExit unless all of it
-    matches. What stays as it was, heads and decoders, is printed."""
-    try:
-        file = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"arch_args", "state_dict"} <= file.keys():
-            raise ValueError("is no backbone.pt; convert.py makes one of published weights")
-        state, given = file["state_dict"], file["arch_args"]
-        given = given.get("num_heads", given.get("heads"))
-        fresh, wrong = model.load_state_dict({prefix + k: v for k, v in state.items()}, strict=False)
-    except Exception as error:  # no such file, no backbone.pt, other shapes
-        raise SystemExit(f"--init {path}: {' '.join(str(error).split())[:300]}")
-    heads = tuple(prefix + part for part in ("fc.", "head.", "decoder_", "mask_token", "lm_head.", "proj"))
-    blocks = getattr(model.get_submodule(prefix.rstrip(".")), "blocks", None)
-    if given and blocks and blocks[0].attn.heads != given:  # of the same shape, and another network
-        wrong += [f"{given} heads"]
-    wrong += [name for name in fresh if name.startswith(prefix) and not name.startswith(heads)]
-    if wrong:
-        raise SystemExit(f"--init {path}: {len(wrong)} do not fit this encoder: {', '.join(wrong[:4])}")
-    if rank == 0:
-        new = {name.removeprefix(prefix).split(".")[0] for name in fresh}
-        print(f"--init {path}: new are {', '.join(sorted(new))}")
-
-
-def export_backbone(folder, method, args, dim, weights, **arch_args):
-    """backbone.pt: the encoder in public names and what its use takes. Uses save_checkpoint, MEAN, STD."""
-    weights = {name: tensor.cpu() for name, tensor in weights.items()}
-    if not all(tensor.isfinite().all() for tensor in weights.values()):  # a skipped float16 step
-        raise SystemExit(f"{folder}: a weight is not finite, nothing is saved; lower the rate, or --amp off")
-    info = {"method": method, "arch": args.arch, "arch_args": arch_args, "image_size": args.image_size}
-    save_checkpoint(folder / "backbone.pt", **info, mean=MEAN, std=STD, feature_dim=dim, state_dict=weights)
-
-
-def restore(parts, checkpoint, folder):
-    """Give each of the parts its state in the checkpoint; SystemExit if one does not fit."""
-    for name in (part for part in parts if checkpoint and checkpoint.get(part) != {}):  # {}: no scaler in use
-        try:
-            parts[name].load_state_dict(checkpoint[name])
-        except (RuntimeError, ValueError, KeyError) as error:  # of another version of the file
-            words = f"{folder}/checkpoint.pt does not fit ({' '.join(str(error).split())[:150]})"
-            raise SystemExit(f"{words}: use another --run-dir, or --restart")
-
-
-def name_images(run, data, batch_size, start, stop, why):
-    """Write down the images of the steps after `start` up to `stop`; returns `why` and in which file."""
-    batches = data.batches(batch_size, start, stop, 0, 1)
-    steps = [(step, key % len(data.items)) for step in range(start + 1, stop + 1) for key in next(batches)]
-    items = data.items if isinstance(data.items[0], str) else range(len(data.items))
-    lines = "".join(f"{step}\t{items[index]}\n" for step, index in steps)
-    try:
-        (run / "not-finite.txt").write_text(lines, errors="surrogateescape")
-    except OSError:  # a full disk must not hide the reason
-        return f"step {stop}: {why}"
-    return f"step {stop}: {why}. {run}/not-finite.txt names the images since step {start}"
-
-
-def open_run(args, method, rank):
-    """The run folder and the checkpoint in it, or {}; SystemExit if it holds another run."""
-    flags = {"method": method} | {k: v for k, v in asdict(args).items() if k not in NOT_TRAINING}
-    changed = {k: v for k, v in flags.items() if v != getattr(type(args), k, method)}
-    mark = "-" + hashlib.sha1(json.dumps(changed).encode()).hexdigest()[:8] if changed else ""
-    folder = Path(args.run_dir or f"runs/{method}{mark}")
-    record, path = folder / "args.json", folder / "checkpoint.pt"
-    try:
-        if record.exists() and not args.restart:
-            ours, new = json.loads(json.dumps(flags)), {k: getattr(type(args), k, None) for k in flags}
-            held = json.loads(json.dumps(new)) | json.loads(record.read_text())  # flags newer than the run
-            differ = [k for k in ours if held.get(k) != ours[k]]
-            other = ", ".join(f"--{k.replace('_', '-')} {held.get(k)}" for k in differ)
-            if other:
-                raise SystemExit(f"{folder} holds a run with {other}: use another --run-dir, or --restart")
-        checkpoint = load_checkpoint(path, method) if path.exists() and not args.restart else {}
-        if rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            if args.restart:
-                path.unlink(missing_ok=True)
-            Path(f"{record}.tmp").write_text(json.dumps(flags | asdict(args), indent=1))
-            os.replace(f"{record}.tmp", record)
-            with open(folder / "metrics.jsonl", "a") as log:
-                log.truncate(min(log.tell(), checkpoint.get("logged", 0)))  # what came after is done again
-    except (OSError, ValueError, TypeError) as error:
-        raise SystemExit(f"{record}: {error}; use another --run-dir, or --restart")
-    return folder, checkpoint
-
-
-# --- Training -----------------------------------------------------------------------------------------------
-class Pairs(Images):
-    """Images and captions of --data: item epoch x len + index is a view, the ids of one of its captions, and
-    index. captions: a list for each image; classes and labels where captions are made of class names."""
-
-    def __init__(self, args, data, view, tokenizer, rank=0, test=False):
-        self.tokenizer, self.context, self.templates = tokenizer, args.context_length, args.templates
-        self.classes, self.labels, self.reading = [], [], (args.image_size, args.min_scale)
-        if os.path.isfile(data) or data.lower().endswith((".csv", ".tsv", ".jsonl")):
-            self.views, self.seed, rows = (view,), args.seed, read_index(data)
-            missing = dict.fromkeys(path for path, texts in rows if texts and not os.path.isfile(path))
-            kept = [row for row in rows if row[1] and row[0] not in missing]
-            self.items, self.captions = [path for path, _ in kept], [texts for _, texts in kept]
-            blank = sum(not texts for _, texts in rows)
-            lost = f"{len(rows) - len(kept) - blank} without image{f' ({[*missing][0]})' if missing else ''}"
-            self.found = f"{len(kept)} pairs in {data}; left out: {blank} without caption, {lost}"
-        else:
-            super().__init__(data, (view,), args.seed, *self.reading, rank)
-            read = self.of_demo if data == "demo" else self.of_folder if os.path.isdir(data) else self.of_set
-            self.captions = read(data, test)
-        texts = {text for texts in self.captions for text in texts}
-        longer = [text for text in texts if len(text.encode("utf-8", "replace")) > self.context - 2]
-        if cut := sum(len(tokenizer.encode(text)) > self.context - 2 for text in longer):
-            self.found += f"; {cut} captions cut to --context-length {self.context}"
-        if self.items and not test and (len(texts) < 2 or len(self.classes) == 1):
-            alike = f"all captions are alike ({[*texts][0][:50]})"
-            raise SystemExit(f"--data {data}: {alike}: nothing to learn")
-
-    def of_demo(self, data, test):
-        if test:
-            self.items, self.found = [demo_image(10**6 + index) for index in range(2048)], "2048 other images"
-        ways = itertools.product(("big", "small"), ("left", "right"), ("by day", "at dusk"))
-        self.templates = [f"a {size} {{}} on the {side} {time}" for size, side, time in ways]
-        self.classes, self.labels = [*WORLD], [label for _, label, _ in self.items]
-        return [[caption] for _, _, caption in self.items]
-
-    def of_folder(self, data, test):
-        files = [Path(item).with_suffix(".txt") for item in self.items]
-        texts = [file.read_text("utf-8", "replace") if file.is_file() else "" for file in files]
-        texts = [[line for line in text.splitlines() if line.strip()] for text in texts]
-        if any(texts):
-            self.found += f"; left out: {sum(not lines for lines in texts)} without caption"
-            self.items = [item for item, lines in zip(self.items, texts, strict=True) if lines]
-            return [lines for lines in texts if lines]
-        root = os.path.join(data, "train" if os.path.isdir(os.path.join(data, "train")) else "")
-        names = [os.path.relpath(item, root).split(os.sep) for item in self.items]
-        if min(map(len, names), default=2) < 2:
-            raise SystemExit(f"{data}: no captions; give class folders, .txt files, a .csv or .jsonl")
-        classes = sorted({name[0] for name in names})
-        return self.of_classes(classes, [classes.index(name[0]) for name in names])
-
-    def of_set(self, data, test):
-        for option in ({"train": False}, {"split": "test"}, {"split": "val"}) if test else ():
-            with contextlib.suppress(TypeError, ValueError):
-                self.items = type(self.items)("data", download=True, **option)
-                break
-        keys = ("targets", "labels", "_labels", "_samples")
-        labels = next((getattr(self.items, key) for key in keys if hasattr(self.items, key)), None)
-        classes = getattr(self.items, "classes", None)
-        if labels is None or classes is None:
-            raise SystemExit(f"{data}: torchvision gives no labels or names of classes; give a .csv")
-        classes = [name if isinstance(name, str) else name[0] for name in classes]
-        return self.of_classes(classes, [int(x[1] if isinstance(x, tuple) else x) for x in labels])
-
-    def of_classes(self, classes, labels):
-        self.found += f"; captions of {len(classes)} class names"
-        self.classes, self.labels = [name.replace("_", " ") for name in classes], labels
-        texts = [[text.replace("{}", name) for text in self.templates] for name in self.classes]
-        return [texts[label] for label in labels]
-
-    def sample(self, index, pixels):
-        texts = self.captions[index]
-        text = texts[int(torch.randint(len(texts), ()))]
-        return self.views[0](pixels), tokenize([text], self.context, self.tokenizer)[0], index
-
-
-def measured_pairs(args, data, tokenizer, rank):
-    """Pairs to measure, and their order: of --val-data, val/ or test/ beside train/, the demo's or a test
-    split; else 1,000 of those to learn from."""
-    here = [os.path.join(args.data, name) for name in ("train", "val", "valid", "validation", "test")]
-    beside = [path for path in here if os.path.isdir(path)] if os.path.isdir(here[0]) else here[:1]
-    where = args.val_data or (beside[1:] or [args.data])[0]
-    if where == args.data and os.path.exists(where):
-        test, count = copy.copy(data), min(len(data.items), 1000)
-        test.found, test.views = f"{count} of the training pairs", (photo_view(args.image_size),)
-    else:
-        test = Pairs(args, where, photo_view(args.image_size), tokenizer, rank, test=True)
-        count = len(test.items)
-        test.found += f", to measure ({where})"
-    if not count:
-        raise SystemExit(f"{where}: nothing to measure: {test.found}")
-    if test.classes and set(test.classes) <= set(data.classes):  # some may have no image there
-        test.labels = [data.classes.index(test.classes[label]) for label in test.labels]
-        test.classes = data.classes
-    order = torch.randperm(len(test.items), generator=torch.Generator().manual_seed(0))
-    return test, order[:count].tolist()
-
-
-def photo_view(size):
-    """The official test transform: shorter side to `size`, centre crop; uint8 (C, H, W)."""
-    return v2.Compose([v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)])
-
-
-@torch.no_grad()
-def zero_shot(model, pairs, order, args, device, amp):
-    """Of the pairs in `order`: zero-shot accuracy where there are classes, recall where captions are unique
-    (of 5,000 at most), in %; and a page of images with the texts that fit best."""
-    features, indices, shown = [], [], {}
-    model.eval()
-    for pixels, _, index in DataLoader(pairs, 256, sampler=order, num_workers=args.workers):
-        images = v2.functional.normalize(pixels.to(device) / 255, MEAN, STD)
-        with torch.autocast(device.type, amp, enabled=amp is not None):
-            features.append(F.normalize(model.encode_image(images).float(), dim=1))
-        indices += index.tolist()
-        shown = shown or dict(zip(indices, pixels, strict=True))
-    places = {index: place for place, index in enumerate(indices)}  # once each, where one replaced a bad one
-    features, results = torch.cat(features)[[*places.values()]], {"n": len(places)}
-    if pairs.classes:
-        weights = zero_shot_classifier(model, pairs.classes, pairs.templates, pairs.tokenizer)
-        labels = torch.tensor([pairs.labels[index] for index in places], device=device)
-        right = (features @ weights).argmax(dim=1) == labels
-        results["zero_shot_top1"] = 100 * right.float().mean().item()
-    captions = [pairs.captions[index][0] for index in [*places][:5000]]
-    texts = list(dict.fromkeys(captions))
-    similarity = features[:5000] @ embed_texts(model, texts, pairs.tokenizer).T
-    if 1 < len(texts) == len(captions):
-        results |= recall(similarity)
-    best = (model.logit_scale.exp() * similarity[:8]).softmax(dim=1).topk(min(3, len(texts)))
-    lines = [[f"own: {caption}"] for caption in captions[:8]]
-    for own, shares, found in zip(lines, best.values.tolist(), best.indices.tolist(), strict=True):
-        own += [f"{share:4.0%} {texts[place]}" for share, place in zip(shares, found, strict=True)]
-    return results, caption_page(torch.stack([shown[index] for index in [*places][:8]]) / 255, lines)
-
-
-def sizes_of(weights):
-    """Arguments of CLIP, from the shapes of official weights of a ViT."""
-    dim, _, patch, _ = weights["visual.conv1.weight"].shape
-    vocabulary, width = weights["token_embedding.weight"].shape
-    firsts = [name for name in weights if name.endswith(".ln_1.weight")]
-    depth, text_depth = (sum(name.startswith(x) for name in firsts) for x in ("visual.", "transformer."))
-    if dim in (1280, 1408, 1664):
-        raise ValueError(f"a ViT of {dim} has 16 heads, not one for each 64; only eval_linear.py reads it")
-    side = patch * math.isqrt(len(weights["visual.positional_embedding"]) - 1)
-    sizes = {"arch": (dim, depth), "image_size": side, "patch_size": patch}
-    sizes["text"] = width, text_depth, vocabulary, len(weights["positional_embedding"])
-    return sizes | {"embed_dim": weights["text_projection"].shape[1]}
-
-
-def load_clip(path, quick_gelu):
-    """Model and side of its images, of a run's checkpoint.pt or open_clip's weights of a ViT."""
-    try:
-        file = torch.load(path, map_location="cpu", weights_only=True)
-        weights, sizes = file.get("model"), file.get("sizes")
-        if file.get("method") != "clip":
-            extra = ("input_resolution", "context_length", "vocab_size", "attn_mask")
-            weights = {k.removeprefix("module."): v for k, v in file.get("state_dict", file).items()}
-            weights = {name: tensor.float() for name, tensor in weights.items() if name not in extra}
-            sizes = sizes_of(weights) | {"quick_gelu": quick_gelu}
-        model = CLIP(**sizes)
-        model.load_state_dict(weights)
-    except KeyError as error:
-        raise SystemExit(f"--checkpoint {path}: not of a run, not of a ViT of open_clip: it lacks {error}")
-    except Exception as error:  # of the disk, of another file, of other names and shapes
-        raise SystemExit(f"--checkpoint {path}: {' '.join(str(error).split())[:300]}")
-    return model.eval(), sizes["image_size"]
-
-
-@torch.no_grad()
-def classify(args):
-    """Print the probability of each of --prompts for each image of --classify; returns {image: [share]}."""
-    if not args.checkpoint or len(args.prompts) < 2:
-        raise SystemExit("--classify: give --checkpoint and 2 or more --prompts")
-    model, side = load_clip(args.checkpoint, args.quick_gelu)
-    device, context = start_processes(args.device, "off")[2], len(model.positional_embedding)
-    tokenizer = BPETokenizer(args.bpe_path) if args.bpe_path else ByteTokenizer()
-    if (tokens := model.token_embedding.num_embeddings) != tokenizer.vocab_size:
-        remedy = "leave out" if args.bpe_path else "give"
-        raise SystemExit(f"--checkpoint has {tokens} tokens: {remedy} --bpe-path")
-    model = model.to(device)
-    if any(len(tokenizer.encode(text)) > context - 2 for text in args.prompts):
-        print(f"the model reads {context} tokens: longer prompts are cut")
-    texts, results = embed_texts(model, args.prompts, tokenizer), {}
-    for path in args.classify:
-        try:
-            image = v2.functional.pil_to_tensor(read_image(path, side, 1.0)).to(device)
-        except Exception as error:  # whatever a decoder raises
-            raise SystemExit(f"--classify {path}: {error}")
-        image = v2.functional.normalize(photo_view(side)(image)[None] / 255, MEAN, STD)
-        logits = model.logit_scale.exp() * F.normalize(model.encode_image(image), dim=1) @ texts.T
-        results[path] = logits.softmax(dim=1)[0].tolist()
-        for share, prompt in sorted(zip(results[path], args.prompts, strict=True), reverse=True):
-            print(f"{path}  {share:6.1%}  {prompt}")
-    return results
-
-
-def train(args: Args) -> dict:
-    """Train in the run folder, from its checkpoint if it has one; returns the metrics of the last step and of
-    the evaluation. With --classify: see classify."""
-    if args.classify:
-        return classify(args)
-    if args.prompts or args.checkpoint:
-        raise SystemExit("--prompts and --checkpoint: give --classify too, images to name")
-    zero = "micro_batch_size workers weight_decay warmup_epochs seed"
-    check_flags(args, zero.split(), min_scale=1, warmup_epochs=args.epochs)
-    if args.arch not in RESNETS and args.image_size % args.patch_size:
-        raise SystemExit(f"--image-size {args.image_size}: give a multiple of --patch-size {args.patch_size}")
-    if args.text_width % 64 or args.context_length < 3:
-        raise SystemExit("--text-width: give a multiple of 64; --context-length: 3 or more")
-    if not args.templates or not all("{}" in text for text in args.templates):
-        raise SystemExit(f"--templates {' '.join(args.templates)}: each needs {{}}, the place of the name")
-    rank, world, device, amp = start_processes(args.device, args.amp)
-    tokenizer = BPETokenizer(args.bpe_path) if args.bpe_path else ByteTokenizer()
-    scale, bicubic = (args.min_scale, 1.0), v2.InterpolationMode.BICUBIC
-    crop = v2.RandomResizedCrop(args.image_size, scale, interpolation=bicubic)
-    view = v2.Compose([crop, v2.RandomHorizontalFlip()]) if args.flip else crop
-    data = Pairs(args, args.data, view, tokenizer, rank)
-    if args.batch_size > len(data.items) or args.batch_size % world:
-        raise SystemExit(f"--batch-size {args.batch_size}: give a multiple of {world}, at most {data.found}")
-    test, order = measured_pairs(args, data, tokenizer, rank)
-    per_epoch = len(data.items) // args.batch_size
-    total, warmup = args.epochs * per_epoch, round(args.warmup_epochs * per_epoch)
-    torch.manual_seed(args.seed)
-    text = args.text_width, args.text_depth, tokenizer.vocab_size, args.context_length
-    sizes = {"arch": args.arch, "image_size": args.image_size, "patch_size": args.patch_size, "text": text}
-    sizes |= {"embed_dim": args.embed_dim, "quick_gelu": args.quick_gelu, "stem": args.stem}
-    model = CLIP(**sizes).to(device, memory_format=torch.channels_last)  # twice as fast for ResNets on CPUs
-    encoder = "visual.backbone." if args.arch in RESNETS else "visual."
-    if args.init:
-        load_encoder(model, encoder, args.init, rank)
-        given = torch.load(args.init, map_location="cpu", weights_only=True)["arch_args"]
-        quick = given.get("quick_gelu", given.get("act_layer") == "quick_gelu")
-        if encoder == "visual." and quick != args.quick_gelu:
-            raise SystemExit(f"--init {args.init}: of the other --quick-gelu")
-    run, checkpoint = open_run(args, "clip", rank)
-    trained, named = [*model.parameters()], [*model.named_parameters()]
-    free = [p for name, p in named if p.ndim < 2 or "positional" in name]
-    decayed = [p for name, p in named if p.ndim > 1 and "positional" not in name]
-    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    betas, eps = ((0.9, 0.999), 1e-8) if args.arch in RESNETS else ((0.9, 0.98), 1e-6)
-    optimizer = torch.optim.AdamW(groups, args.lr, betas=betas, eps=eps, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    moving = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    step, metrics, alarm = (checkpoint.get(*pair) for pair in (("step", 0), ("metrics", {}), ("alarm", {})))
-    restore(moving, checkpoint, run)
-    if args.compile:
-        model.compile()
-    micro = args.micro_batch_size if args.micro_batch_size < args.batch_size // world else 0
-    net = nn.parallel.DistributedDataParallel(model) if world > 1 and not micro else model
-    keys = data.batches(args.batch_size, step, args.epochs, rank, world)
-    loader = DataLoader(data, batch_sampler=keys, num_workers=args.workers, pin_memory=device.type == "cuda")
-    if rank == 0:
-        board = SummaryWriter(run, purge_step=step + 1)
-        print(f"{data.found}. {test.found}. Run folder {run}, step {step} of {total}")
-        print(f"{args.arch}, {amp or torch.float32}, {world} x {device}, effective learning rate {args.lr:g}")
-
-    def embed(chunk):  # images (b, C, H, W), ids (b, N) -> z (b, 2, E), h (b, D)
-        images, ids = chunk
-        with torch.autocast(device.type, amp, enabled=amp is not None):
-            image_features, text_features, h = net(images, ids)
-        return torch.stack([image_features, text_features], dim=1), h
-
-    def loss_of(z):
-        return clip_loss(z[:, 0], z[:, 1], model.logit_scale.exp())
-
-    bar = tqdm(total=total, initial=step, disable=rank > 0)
-    logged, skipped, since, asked, waited = step, 0, time.perf_counter(), time.perf_counter(), 0.0
-    try:
-        for pixels, ids, indices in loader:
-            waited += time.perf_counter() - asked
-            rising = (step + 1) / max(1, warmup)  # open_clip's warm-up: not from 0
-            lr = args.lr * rising if rising <= 1 else cosine_schedule(step, total, warmup, args.lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            if step == 0 and rank == 0:
-                page = caption_page(pixels[:8] / 255, [data.captions[i] for i in indices[:8].tolist()])
-                v2.functional.to_pil_image(page).save(run / "views.png")
-                board.add_image("views", page, step)
-            images = v2.functional.normalize(pixels.to(device, non_blocking=True) / 255, MEAN, STD)
-            images, longest = images.contiguous(memory_format=torch.channels_last), int(ids.argmax(1).max())
-            ids = ids.to(device, non_blocking=True)
-            read = ids[:, : longest + 1]  # nothing reads what follows the end
-            optimizer.zero_grad()
-            if micro:
-                chunks = list(zip(images.split(micro), read.split(micro), strict=True))
-                loss, z, h = backward_in_chunks(embed, chunks, loss_of, scaler, trained)
-            else:
-                z, h = embed((images, read))
-                loss = loss_of(z)
-                scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            step += 1
-            logs = step == 1 or step % args.log_every == 0 or step == total
-            saves = step % args.checkpoint_every == 0 or step == total
-            if logs or saves:  # only here does a step wait for the device
-                grad_norm = torch.stack([p.grad.norm() for p in trained]).norm()
-                if not torch.isfinite(loss if scaler.get_scale() > 1 else loss + grad_norm):
-                    why = f"loss {loss:g}, gradient {grad_norm:g}; lower --lr"
-                    raise SystemExit(name_images(run, data, args.batch_size, logged, step, why))
-            scale = scaler.get_scale()
-            scaler.step(optimizer)
-            scaler.update()
-            skipped += scaler.get_scale() < scale  # float16 overflowed
-            with torch.no_grad():
-                model.logit_scale.clamp_(0, math.log(100))  # Sec. 2.5: at most 100
-            bar.update()
-            if logs:
-                scale, feature = model.logit_scale.detach().exp(), collapse_metrics(h, center=True)
-                ours = clip_metrics(z[:, 0].detach(), z[:, 1].detach(), ids, scale)
-                ours["image_spread"] = collapse_metrics(z[:, 0])["spread"]
-                ours["text_spread"] = collapse_metrics(z[:, 1])["spread"]
-                accuracy, chance = ours["contrastive_accuracy"], ours.pop("chance")
-                by_chance = accuracy < 2 / math.exp(chance) and ours["gap"] < 0.01 * chance
-                problems = {
-                    "all images have one feature; lower --lr": ours["image_spread"] < 0.01,
-                    "all texts have one feature; lower --lr": ours["text_spread"] < 0.01,
-                    "pairs are found by chance; do captions fit (views.png)? else change --lr": by_chance,
-                }
-                now, armed_after = time.perf_counter(), max(min(500, 0.2 * total), warmup)
-                metrics = {"train/loss": gather(loss.detach()[None]).mean().item(), "train/lr": lr}
-                metrics |= {"train/grad_norm": grad_norm.item(), "clip/logit_scale": scale.item()}
-                metrics |= {f"clip/{k}": v for k, v in ours.items()}
-                metrics |= {f"monitor/{k}": v for k, v in feature.items()}
-                metrics["perf/images_per_second"] = args.batch_size * (step - logged) / (now - since)
-                metrics["perf/data_wait"] = waited / (now - since)
-                metrics["perf/skipped_steps"] = skipped  # since the last log
-                logged, skipped, since, waited = step, 0, now, 0.0
-                if rank == 0:
-                    metrics["monitor/alarm"] = collapse_alarm(alarm, step, armed_after, problems)
-                    for tag, value in metrics.items():
-                        board.add_scalar(tag, value, step)
-                    line = {"step": step, "epoch": (step - 1) // per_epoch}
-                    line |= {tag: value for tag, value in metrics.items() if math.isfinite(value)}
-                    with open(run / "metrics.jsonl", "a") as log:
-                        log.write(json.dumps(line) + "\n")
-                    words = f"loss {metrics['train/loss']:.3f} (floor {ours['floor']:.2f})"
-                    bar.set_postfix_str(f"{words} accuracy {accuracy:.3f}")
-            if saves and rank == 0:
-                weights, arch_args = model.visual.exported()
-                export_backbone(run, "clip", args, h.shape[1], weights, **arch_args)
-                state = {name: part.state_dict() for name, part in moving.items()}
-                state |= {"method": "clip", "step": step, "metrics": metrics, "alarm": alarm, "sizes": sizes}
-                save_checkpoint(run / "checkpoint.pt", **state, logged=os.path.getsize(run / "metrics.jsonl"))
-            asked = time.perf_counter()
-        if rank == 0:
-            results, page = zero_shot(model, test, order, args, device, amp)
-            v2.functional.to_pil_image(page).save(run / "captions.png")
-            board.add_image("captions", page, step)
-            for name, value in results.items():
-                board.add_scalar(f"eval/{name}", value, step)
-            results["pairs"] = test.found
-            (run / "eval-zero-shot.json").write_text(json.dumps(results, indent=1))
-    except (KeyboardInterrupt, OSError) as error:  # a worker's error comes behind its traceback
-        reason = (str(error) or "interrupted").splitlines()[-1]
-        raise SystemExit(f"{reason} (step {step}); the same command, without --restart, continues")
+        torch.save(state, temporary)  # by its path: Ctrl-C within stays a KeyboardInterrupt
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save's words for a full disk
+        raise OSError(f"{path}: cannot be written, is the disk full? ({str(error)[:80]})")
     finally:
-        bar.close()
-        if rank == 0:
-            with contextlib.suppress(OSError):  # a full disk, of which the message speaks
-                board.close()
-    if rank == 0:
-        print(f"{run}/backbone.pt: " + ", ".join(f"{tag} {value:.4g}" for tag, value in metrics.items()))
-        print(", ".join(f"{k} {v if isinstance(v, (int, str)) else round(v, 1)}" for k, v in results.items()))
-    if world > 1:
-        dist.barrier()  # in torch 2.4 gloo may wait for ever in the next line
-        dist.destroy_process_group()
-    return metrics
+        temporary.unlink(missing_ok=True)
+
+
+def save_run(run, step, encoder, **facts):
+    """checkpoint.pt, all that moves, and backbone.pt, the encoder {name: tensor} in public names and what
+    builds it; once a step."""
+    if run.rank > 0 or step == run.step and (run.folder / "checkpoint.pt").exists():
+        return
+    weights = {name: tensor.cpu() for name, tensor in encoder.items()}
+    if not all(tensor.isfinite().all() for tensor in weights.values()):  # a skipped float16 step can do that
+        sys.exit(f"step {step}: a weight is not finite, nothing is saved; lower the learning rate")
+    facts |= {"method": run.method, "arch": run.args.arch, "image_size": run.args.image_size}
+    facts |= {"mean": MEAN, "std": STD, "state_dict": weights}
+    save_checkpoint(run.folder / "backbone.pt", **facts)
+    run.step, run.logged = step, os.path.getsize(run.folder / "metrics.jsonl")
+    state = {name: getattr(run, name) for name in run.kept}
+    state |= {name: part.state_dict() for name, part in run.parts.items()}
+    save_checkpoint(run.folder / "checkpoint.pt", method=run.method, **state)
+    run.save_at = time.monotonic() + 60 * run.args.save_minutes
 
 
 if __name__ == "__main__":

@@ -818,9 +818,10 @@ def load_encoder(encoder, path, arch_args):
     """Start the encoder {name: tensor} from a backbone.pt (--init); all of it has to fit."""
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
-        weights, heads = held["state_dict"], arch_args.get("num_heads")  # which no shape shows
+        weights, built = held["state_dict"], arch_args | held.get("arch_args", {})
         alike = {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in encoder.items()}
-        if not alike or held.get("arch_args", {}).get("num_heads", heads) != heads:
+        hidden = ("num_heads", "act_layer")  # which no shape shows
+        if not alike or any(built[name] != arch_args[name] for name in hidden if name in arch_args):
             raise ValueError("its weights are not those of this encoder")
     except Exception as error:  # no such file, no backbone.pt
         sys.exit(f"--init {path}: {' '.join(str(error).split())[:200]}; convert.py makes a backbone.pt")

@@ -438,7 +438,7 @@ def both(folder):
     """both(run_dir, ...) -> arguments of a run of 10 + 10 steps, each of which is logged."""
 
     def both(run_dir, **flags):
-        flags = {"epochs": 2, "tokenizer_epochs": 2, "tokenizer": "", "drop_path": 0.2} | flags
+        flags = {"epochs": 2, "tokenizer_epochs": 2, "dvae": "", "drop_path": 0.2} | flags
         return tiny_args("beit", data=str(folder), run_dir=run_dir, **flags)
 
     return both
@@ -448,14 +448,14 @@ def test_the_tokenizer_of_an_earlier_run(both):
     """It is trained once, used again, and gives the same."""
     beit.train(both("a"))
     path = "a/tokenizer/backbone.pt"
-    beit.train(both("b", tokenizer=path))
+    beit.train(both("b", dvae=path))
     assert not os.path.exists("b/tokenizer") and lines_of("a")[1] == metrics_of("b")
     saved = load(path)
     assert (saved["builder"], saved["method"]) == ("beit.DVAE", "dvae")
     DVAE(32, 16, 8, 2).load_state_dict(saved["state_dict"])
-    stopped(beit, both("c", tokenizer=path, tokens=31), "backbone.pt: its weights are not those")
+    stopped(beit, both("c", dvae=path, tokens=31), "backbone.pt: its weights are not those")
     for wrong in ("none.pt", "a/backbone.pt"):
-        stopped(beit, both("c", tokenizer=wrong), f"{wrong}: ")
+        stopped(beit, both("c", dvae=wrong), f"{wrong}: ")
     assert not os.path.exists("c")
 
 
@@ -550,7 +550,7 @@ def test_groups_and_clipping(both, monkeypatch):
 def test_a_kill_in_the_first_stage_or_between_the_stages(both, folder):
     """kill -9, and the same command again: bit for bit."""
     beit.train(both("whole", tokenizer_epochs=8))
-    flags = {"data": folder, "epochs": 2, "tokenizer_epochs": 8, "tokenizer": "", "drop_path": 0.2}
+    flags = {"data": folder, "epochs": 2, "tokenizer_epochs": 8, "dvae": "", "drop_path": 0.2}
     words = command_line("beit", **flags, save_minutes=0, run_dir="run")
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     path = Path("run/tokenizer/metrics.jsonl")

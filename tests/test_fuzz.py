@@ -13,15 +13,13 @@ import warnings
 
 import pytest
 import torch
-from conftest import FIRST_EDITION, REPRESENTATIVES, SECOND_EDITION, TRAINING, tiny_args
+from conftest import REPRESENTATIVES, TRAINING, tiny_args
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 every_script = pytest.mark.parametrize("script", TRAINING)
-first_edition = pytest.mark.parametrize("script", FIRST_EDITION)
-second_edition = pytest.mark.parametrize("script", SECOND_EDITION)
-one_of_each_edition = pytest.mark.parametrize("script", sorted(REPRESENTATIVES))
+one_script = pytest.mark.parametrize("script", sorted(REPRESENTATIVES))
 FEW = settings(max_examples=6, derandomize=True, deadline=None, database=None)
 FEW = settings(FEW, suppress_health_check=list(HealthCheck))
 MANY = settings(FEW, max_examples=150, derandomize=False, print_blob=True)
@@ -42,9 +40,7 @@ RANGES = {  # what would take minutes, or means something else, is left out
     "arch": st.sampled_from(["vit_nano", "resnet18"]),
     "queue_size": st.sampled_from([1, 16, 48, 60, 64]),
 }
-FIXED = (
-    "data epochs tokenizer_epochs workers device compile run_dir restart init tokenizer picture_every".split()
-)
+FIXED = "data epochs tokenizer_epochs workers device compile run_dir init dvae tokenizer".split()
 
 
 class Hang(BaseException):
@@ -167,19 +163,7 @@ def test_found_in_all_scripts(script, flags, folder):
     two_steps_or_a_message(script, folder, flags)
 
 
-@first_edition
-@pytest.mark.shared
-def test_a_batch_of_one_logs_numbers(script, folder, tmp_path):
-    module = importlib.import_module(script)
-    args = tiny_args(script, data=str(folder), epochs=1, batch_size=1, run_dir=str(tmp_path / "run"))
-    try:
-        metrics = module.train(args)
-    except SystemExit:
-        raise AssertionError("refused")  # by those that need more
-    assert all(math.isfinite(value) for value in metrics.values())
-
-
-@second_edition
+@every_script
 def test_a_batch_of_two_logs_numbers(script, folder, tmp_path):
     module, flags = importlib.import_module(script), {"data": str(folder), "epochs": 1}
     with pytest.raises(SystemExit, match="^--batch-size 1: give a multiple of 1, from 2 to 40"):
@@ -227,10 +211,7 @@ def check_images(script, root, how):
     Image.new("RGB", (40, 40)).save(root / "b.png")
     (root / "a.jpg").touch()
     crop = module.random_crop(16, 0.3) if hasattr(module, "random_crop") else (lambda pixels: pixels)
-    if script in SECOND_EDITION:
-        images = module.Images(tiny_args(script, data=str(root)), (crop,), shortest=32)
-    else:
-        images = module.Images(str(root), (crop,), 0, 16, 0.3, 0)
+    images = module.Images(tiny_args(script, data=str(root)), (crop,), shortest=32)
 
     @how
     @given(spoilt(ORIGINALS))
@@ -252,35 +233,14 @@ def test_any_bytes_as_an_image(script, tmp_path):
     check_images(script, tmp_path, BYTES)
 
 
-@one_of_each_edition
+@one_script
 @pytest.mark.slow
 def test_many_bytes_as_an_image(script, tmp_path):
     check_images(script, tmp_path, MANY_BYTES)
 
 
-def check_checkpoints(script, root, how):
-    module = importlib.import_module(script)
-    module.save_checkpoint(root / "a.pt", method=script, step=3, model={"weight": torch.ones(2, 3)})
-    whole = (root / "a.pt").read_bytes()
-
-    @how
-    @given(spoilt([whole, whole[:200]]))
-    def check(data):
-        (root / "a.pt").write_bytes(data)
-        signal.alarm(20)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                assert module.load_checkpoint(root / "a.pt", script)["method"] == script
-            except SystemExit as stop:
-                assert "a.pt is damaged" in stop.code
-        signal.alarm(0)
-
-    check()
-
-
 def check_run_folder(script, root, how, name):
-    """Of the second edition open_run reads what is in the folder; a refused file stays as it was."""
+    """open_run reads what is in the folder; a refused file stays as it was."""
     module, parts = importlib.import_module(script), {"model": torch.nn.Linear(3, 2)}
     args = tiny_args(script, run_dir=str(root / "run"))
     run = module.open_run(args, script, parts, 4096, None)
@@ -311,26 +271,14 @@ def check_run_folder(script, root, how, name):
     assert "refused" in seen
 
 
-@first_edition
-@pytest.mark.shared
-def test_any_bytes_as_a_checkpoint(script, tmp_path):
-    check_checkpoints(script, tmp_path, BYTES)
-
-
-@pytest.mark.parametrize("script", sorted(REPRESENTATIVES & set(FIRST_EDITION)))
-@pytest.mark.slow
-def test_many_bytes_as_a_checkpoint(script, tmp_path):
-    check_checkpoints(script, tmp_path, MANY_BYTES)
-
-
-@second_edition
+@every_script
 @pytest.mark.shared
 @pytest.mark.parametrize("name", ["checkpoint.pt", "args.json"])
 def test_any_bytes_in_a_run_folder(script, tmp_path, name):
     check_run_folder(script, tmp_path, BYTES, name)
 
 
-@second_edition
+@every_script
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["checkpoint.pt", "args.json"])
 def test_many_bytes_in_a_run_folder(script, tmp_path, name):

@@ -12,35 +12,30 @@ import warnings
 from pathlib import Path
 
 import pytest
-from conftest import FIRST_EDITION, REPRESENTATIVES, ROOT, SCRIPTS, SECOND_EDITION, TRAINING, run
+from conftest import REPRESENTATIVES, ROOT, SCRIPTS, TRAINING, run
 
-SECTIONS = {
-    1: ["Args", "Augmentation", "Model", "Loss", "Optimiser", "Monitor", "Plumbing", "Training"],
-    2: ["Args", "Augmentation", "Model", "Loss", "Optimiser", "Monitor", "Training", "Plumbing"],
-}
-LINES = {"convert": 250, "clip": 1134}
-# above DESIGN's budgets: eval_linear (600) has any labels, backbones and heads, see RESULTS.md; the rest is
-# of the first edition: Plumbing of 230 lines (--init, clear words for a damaged run folder, not-finite.txt),
-# a second stage 150, clip's text, pairs, zero-shot and --classify 340
+SECTIONS = ["Args", "Augmentation", "Model", "Loss", "Optimiser", "Monitor", "Training", "Plumbing"]
+# above DESIGN's budgets: eval_linear (600) has any labels, backbones and heads, see RESULTS.md; the others,
+# by what Plumbing has above 225 lines; beit, clip, dino, dinov2, pretext by more
+LINES = {"convert": 250, "eval_linear": 1287}
+# of the training scripts, in all and before Plumbing; of functions (DESIGN 2.4)
 LINES |= {
-    "eval_linear": 1287,
-}
-# of the second edition, in all and before Plumbing; of functions (DESIGN 2.4)
-LINES |= {
-    "beit": 975,
-    "byol": 795,
-    "dino": 943,
-    "dinov2": 1042,
-    "ijepa": 827,
-    "mae": 792,
-    "moco": 807,
-    "moco_v3": 827,
-    "pretext": 920,
-    "simclr": 785,
+    "beit": 976,
+    "byol": 796,
+    "clip": 1018,
+    "dino": 944,
+    "dinov2": 1043,
+    "ijepa": 828,
+    "mae": 793,
+    "moco": 808,
+    "moco_v3": 828,
+    "pretext": 921,
+    "simclr": 786,
 }
 FRONT = {
     "beit": 549,
     "byol": 369,
+    "clip": 591,
     "dino": 517,
     "dinov2": 616,
     "ijepa": 401,
@@ -54,14 +49,13 @@ TRAIN = {"ijepa": 120, "dino": 120, "pretext": 120, "beit": 90, "clip": 135, "di
 FUNCTION, CHARACTERS, PARAGRAPH = 45, 58, 12
 PACKAGES = {"torch", "torchvision", "timm", "einops", "tyro", "tensorboard", "tqdm"}
 PUBLIC = {  # DESIGN section 7
-    "first": "collapse_metrics save_checkpoint load_checkpoint export_backbone cosine_schedule",
-    "second": "collapse_metrics save_checkpoint cosine_schedule seeded gather read_image",
+    "all": "collapse_metrics save_checkpoint cosine_schedule seeded gather read_image",
     "plumbing": "open_run log_metrics save_run demo_image Images",  # pasted with all of it
     "simclr": "SimCLR nt_xent LARS random_crop augment resnet monitor",
     "beit": "DVAE BEiT block_mask random_crop mask_view jitter_colors gumbel_noise dvae_loss beit_loss "
     "tokenizer_monitor monitor",
     "byol": "BYOL byol_loss momentum_update LARS random_crop augment resnet head monitor",
-    "clip": "CLIP clip_loss tokenize zero_shot_classifier",
+    "clip": "CLIP clip_loss tokenize zero_shot_classifier recall pair_statistics monitor read_table",
     "dino": "VisionTransformer DINOHead DINO dino_loss update_center dino_schedule momentum_update "
     "random_crop multi_crop augment augment_crops target_moments monitor attention_page",
     "dinov2": "DINOv2 DINOv2ViT dino_losses ibot_loss koleo_loss sinkhorn_knopp draw_masks momentum_update "
@@ -76,13 +70,6 @@ PUBLIC = {  # DESIGN section 7
 }
 every_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 every_training_script = pytest.mark.parametrize("script", TRAINING)
-first_edition = pytest.mark.parametrize("script", FIRST_EDITION)
-second_edition = pytest.mark.parametrize("script", SECOND_EDITION)
-EDITIONS = [  # eval_linear.py is of the second, convert.py agrees with both
-    [path for path in SCRIPTS if path.stem in (*FIRST_EDITION, "convert")],
-    [path for path in SCRIPTS if path.stem in (*SECOND_EDITION, "eval_linear", "convert")],
-]
-every_edition = pytest.mark.parametrize("paths", EDITIONS, ids=["first", "second"])
 
 
 def definitions(path):
@@ -103,10 +90,8 @@ def args_fields(path):
 
 
 def test_there_are_scripts():
-    """And one of each edition runs what is marked as shared."""
-    assert "simclr" in TRAINING and set(SECOND_EDITION) <= set(TRAINING)
-    for edition in (FIRST_EDITION, SECOND_EDITION):
-        assert len(REPRESENTATIVES & set(edition)) == min(1, len(edition))
+    """And one of them runs what is marked as shared."""
+    assert len(TRAINING) == 11 and len(REPRESENTATIVES & set(TRAINING)) == 1
 
 
 @every_script
@@ -139,14 +124,12 @@ def assert_same_fields(paths):
         assert name == "arch" or len(set(by_script.values())) == 1, f"--{name} differs: {by_script}"
 
 
-@every_edition
-def test_same_name_same_body(paths):
-    assert_same_bodies(paths)
+def test_same_name_same_body():
+    assert_same_bodies(SCRIPTS)
 
 
-@every_edition
-def test_same_flag_same_type_and_help(paths):
-    assert_same_fields(paths)
+def test_same_flag_same_type_and_help():
+    assert_same_fields(SCRIPTS)
 
 
 def test_the_rules_notice_a_difference(tmp_path):
@@ -167,24 +150,16 @@ def test_every_flag_has_help(path):
         assert all(help for _, help in args_fields(path).values())
 
 
-@first_edition
-def test_plumbing_is_the_same_everywhere(script):
-    def plumbing(name):
-        return re.search(r"# --- Plumbing.*?(?=# --- Training)", (ROOT / f"{name}.py").read_text(), re.S)[0]
-
-    assert plumbing(script) == plumbing(FIRST_EDITION[0])
-
-
-def assert_order(path, edition=2):
+def assert_order(path):
     banners = re.findall(r"^# --- (\w+) -+$", path.read_text(), re.M)
-    assert banners == [name for name in SECTIONS[edition] if name in banners], f"order of {banners}"
-    missing = set(SECTIONS[edition]) - set(banners)
+    assert banners == [name for name in SECTIONS if name in banners], f"order of {banners}"
+    missing = set(SECTIONS) - set(banners)
     assert missing <= {"Optimiser"}, f"no section {missing}"
 
 
 @every_training_script
 def test_sections_stand_in_order(script):
-    assert_order(ROOT / f"{script}.py", edition=2 if script in SECOND_EDITION else 1)
+    assert_order(ROOT / f"{script}.py")
 
 
 @every_script
@@ -192,7 +167,7 @@ def test_length(path):
     assert len(path.read_text().splitlines()) <= LINES.get(path.stem, 600)
 
 
-# The second edition: the method in front, Plumbing behind (DESIGN 2)
+# The method in front, Plumbing behind (DESIGN 2)
 
 
 def halves(path):
@@ -303,17 +278,17 @@ def assert_airy(path):
         assert longest <= PARAGRAPH, f"{longest} lines without a blank one in the loop of {function.name}"
 
 
-def test_plumbing_of_the_second_edition():
-    assert_plumbing([ROOT / f"{script}.py" for script in SECOND_EDITION])
+def test_plumbing_is_the_same_everywhere():
+    assert_plumbing([ROOT / f"{script}.py" for script in TRAINING])
 
 
-@second_edition
+@every_training_script
 def test_the_method_stands_in_front(script):
     assert_front(ROOT / f"{script}.py")
     assert_step(ROOT / f"{script}.py")
 
 
-@second_edition
+@every_training_script
 def test_budget(script):
     assert_lines(ROOT / f"{script}.py", script)
     assert_airy(ROOT / f"{script}.py")
@@ -321,7 +296,7 @@ def test_budget(script):
 
 def test_a_difference_in_plumbing_is_noticed(tmp_path):
     """A second file, made up of the first: with another front it passes, with another Plumbing not."""
-    front, back = (ROOT / f"{SECOND_EDITION[0]}.py").read_text().split("# --- Plumbing", 1)
+    front, back = (ROOT / f"{TRAINING[0]}.py").read_text().split("# --- Plumbing", 1)
     back, paths = "# --- Plumbing" + back, [tmp_path / "a.py", tmp_path / "b.py"]
 
     def write(*texts):
@@ -484,7 +459,7 @@ def unresolved(source):
 @every_training_script
 def test_public_names_survive_pasting(script):
     path = ROOT / f"{script}.py"
-    names = PUBLIC["second" if script in SECOND_EDITION else "first"]
+    names = PUBLIC["all"]
     for name in f"{names} {PUBLIC[script]}".split():
         missing = unresolved(pasted(path, name)) - {"super"}
         assert not missing, f"{name} of {script}.py needs {missing}: name them in its docstring after 'Uses'"
@@ -495,7 +470,7 @@ def pasted_plumbing(path):
     return f"{pasted(path, 'MEAN')}\n{halves(path)[1]}"
 
 
-@second_edition
+@every_training_script
 def test_plumbing_survives_pasting(script):
     source = pasted_plumbing(ROOT / f"{script}.py")
     assert not unresolved(source)
@@ -505,7 +480,7 @@ def test_plumbing_survives_pasting(script):
 def test_pasting_notices_a_missing_helper():
     source = pasted(ROOT / "dinov2.py", "sinkhorn_knopp").replace("def gather(", "def other(")
     assert unresolved(source) == {"gather"}
-    source = pasted_plumbing(ROOT / f"{SECOND_EDITION[0]}.py").replace("MEAN, STD =", "CENTER, SCALE =")
+    source = pasted_plumbing(ROOT / f"{TRAINING[0]}.py").replace("MEAN, STD =", "CENTER, SCALE =")
     assert unresolved(source) == {"MEAN", "STD"}
 
 

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import REPRESENTATIVES, ROOT, SECOND_EDITION, run
+from conftest import REPRESENTATIVES, ROOT, TRAINING, run
 from PIL import Image, TiffImagePlugin
 from torchvision.transforms import v2
 
 # What scripts have word for word runs on one of them, and on eval_linear.py; on all in `make test-all`.
-LEARN = [s if s in REPRESENTATIVES else pytest.param(s, marks=pytest.mark.slow) for s in SECOND_EDITION]
+LEARN = [s if s in REPRESENTATIVES else pytest.param(s, marks=pytest.mark.slow) for s in TRAINING]
 SHAPE, CORNER = (48, 64), np.s_[:16, :20]  # a tenth of the pixels
 
 
