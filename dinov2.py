@@ -21,12 +21,13 @@ Paper:  torchrun --nnodes 4 --nproc-per-node 8 dinov2.py --data imagenet/ --imag
             --local-crops 8 --min-scale 0.32 --local-min-scale 0.05 --crop-blurs 0 0.9 0.5 --patch-size 16 \
             --arch vit_large --layer-scale 1e-5 --drop-path-rate 0.3 --head-dim 2048 --out-dim 65536 \
             --shared-head --teacher-temp 0.07 --warmup-teacher-temp-epochs 60 --freeze-last-layer 2 \
-            --momentum 0.992 --epochs 200 --batch-size 2048 --lr 5.657e-3 --warmup-epochs 20 --workers 10
+            --momentum 0.992 --layerwise-decay 0.9 --epochs 200 --batch-size 2048 --lr 5.657e-3 \
+            --warmup-epochs 20 --workers 10
 
 The last is the official ViT-L/16 of ImageNet-1k, whose 100 "epochs" of 1250 steps are 200 passes. The code
 writes blurs 1, 0.1, 0.5 and applies them by chance 1 - p: what its models saw is --crop-blurs 0 0.9 0.5.
-Differs from the official code: no SwiGLU, so no ViT-g; one learning rate for all layers; drop path by chance;
-the warm-up ends a step later; crops resized as uint8, large JPEGs decoded smaller; one order of colours a
+Differs from the official code: no SwiGLU, so no ViT-g; drop path by chance, not of a fixed share of images;
+crops resized as uint8, large JPEGs decoded smaller; one order of colours a
 batch; blur cut at 5 pixels, not 4; masks dealt out over all processes, a block may exceed half of an odd
 grid; no point its own nearest in KoLeo; bfloat16. Positions are resized with the offset 0.1 of its training;
 its released models with registers antialias instead. Processes are as one, but for KoLeo and drop path.
@@ -105,6 +106,8 @@ class Args:
     lr: float = 1e-3  # learning rate (paper: 4e-3 times sqrt(batch / 1024))
     weight_decay: float = 0.04  # strength of weight decay (paper: 0.04, not on vectors)
     final_weight_decay: float = 0.4  # reached in a cosine (paper: 0.4)
+    layerwise_decay: float = 1.0  # learning rate of a block as a share of the next one's (paper: 0.9 or 1)
+    patch_embed_lr: float = 0.2  # factor of the patch embedding's learning rate (paper: 0.2)
     warmup_epochs: float = 1.0  # linear from 0 (paper: 20)
     freeze_last_layer: int = 1  # epochs before the prototypes move (paper: 2)
     clip_norm: float = 3.0  # largest gradient of backbone and each head (paper: 3)
@@ -441,6 +444,22 @@ def koleo_loss(features):
 
 
 # --- Optimiser ----------------------------------------------------------------------------------------------
+def parameter_groups(model, layerwise_decay, patch_embed_lr):
+    """AdamW's groups: scale, of the learning rate, d^(n + 1 - i) in block i of n, i = 0 for what comes before
+    them, 1 behind them and in the heads; decays; last, the prototypes."""
+    depth, groups = len(model.backbone.blocks), {}
+    for name, p in model.named_parameters():
+        words, layer = name.split("."), depth + 1
+        if words[0] == "backbone" and words[1] != "norm":
+            layer = int(words[2]) + 1 if words[1] == "blocks" else 0
+        scale = layerwise_decay ** (depth + 1 - layer)
+        if words[1] == "patch_embed":
+            scale *= patch_embed_lr
+        groups.setdefault((scale, p.ndim > 1, "last_layer" in name), []).append(p)
+    names = "scale", "decays", "last"
+    return [dict(zip(names, key, strict=True)) | {"params": groups[key]} for key in groups]
+
+
 @torch.no_grad()
 def momentum_update(encoder_q, encoder_k, m):
     """k <- m k + (1 - m) q for all parameters of encoder_k (key, target, teacher), not for buffers."""
@@ -510,10 +529,7 @@ def train(args: Args) -> dict:
         load_encoder(to_timm(student.backbone.state_dict()), args.init, shape)
     teacher.load_state_dict(student.state_dict())
 
-    groups = {}
-    for name, p in student.named_parameters():
-        groups.setdefault((p.ndim > 1, "last_layer" in name), []).append(p)
-    groups = [{"decays": decays, "last": last, "params": ps} for (decays, last), ps in groups.items()]
+    groups = parameter_groups(student, args.layerwise_decay, args.patch_embed_lr)
     optimizer = torch.optim.AdamW(groups, args.lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
 
@@ -538,9 +554,12 @@ def train(args: Args) -> dict:
     with guarded(run, total) as signals:  # torchrun: none; adds run.bar, save_at
         for *crops, _ in loader:  # all epochs that are left
             lr = cosine_schedule(step, total, warmup, args.lr, 1e-6)
+            if step < warmup:  # in the official code the line is at its end one step earlier
+                lr *= warmup / max(1, warmup - 1)
             decay = cosine_schedule(step, total, 0, args.weight_decay, args.final_weight_decay)
             for group in optimizer.param_groups:
-                group["lr"] = 0.0 if group["last"] and step < thaw else lr  # with moments, unlike DINO's
+                frozen = group["last"] and step < thaw  # with moments, unlike DINO's
+                group["lr"] = 0.0 if frozen else lr * group["scale"]
                 group["weight_decay"] = decay if group["decays"] else 0.0
             momentum = cosine_schedule(step, total, 0, args.momentum, 1.0)
             teacher_temp = temps[step] if args.sharpening else args.student_temp

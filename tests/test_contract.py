@@ -194,7 +194,7 @@ AHEAD = ("ijepa",)  # their schedules count steps from 1, as the official code, 
 
 
 def test_a_warm_up_longer_than_the_run_is_cut_to_it(module, folder):
-    """Three steps: from 0 in a line that would reach the peak in the fourth, of BEiT and DINO in the third;
+    """Three steps: from 0 in a line that would reach the peak in the fourth, of BEiT and DINOs in the third;
     or AHEAD, to the peak in two and then at the lowest rate."""
     rates = []
     for warmup in (1.0, 2.0):
@@ -206,7 +206,7 @@ def test_a_warm_up_longer_than_the_run_is_cut_to_it(module, folder):
     if module.__name__ in AHEAD:
         assert rates[0] == rates[1] == pytest.approx([peak / 2, peak, rates[1][-1]])
     else:
-        rise = peak / (2 if module.__name__ in ("beit", "dino") else 3)
+        rise = peak / (2 if module.__name__ in ("beit", "dino", "dinov2") else 3)
         assert rates[0] == rates[1] == pytest.approx([0, rise, 2 * rise])
 
 

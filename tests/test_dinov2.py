@@ -27,6 +27,7 @@ from dinov2 import (
     momentum_update,
     monitor,
     move_center,
+    parameter_groups,
     resize_positions,
     sinkhorn_knopp,
     target_moments,
@@ -528,6 +529,41 @@ def checkpoints(monkeypatch):
     return states
 
 
+# Learning rates and weight decay: oracle 6
+
+
+def multipliers(depth, decay):
+    dinov2.VITS["deep"] = (16, depth, 2)
+    try:
+        model = DINOv2(tiny_args("dinov2", arch="deep", registers=2))
+    finally:
+        del dinov2.VITS["deep"]
+    groups = parameter_groups(model, decay, 0.2)
+    names = {p: name for name, p in model.named_parameters()}
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    return {names[p]: group for group in groups for p in group["params"]}
+
+
+def test_learning_rates_by_layer():
+    of = multipliers(2, 0.9)
+    for name in ("cls_token", "pos_embed", "mask_token", "register_tokens"):
+        assert of[f"backbone.{name}"]["scale"] == pytest.approx(0.729) and of[f"backbone.{name}"]["decays"]
+    assert of["backbone.patch_embed.proj.weight"]["scale"] == pytest.approx(0.1458)
+    assert of["backbone.patch_embed.proj.bias"]["scale"] == pytest.approx(0.1458)
+    assert of["backbone.blocks.0.attn.qkv.weight"]["scale"] == pytest.approx(0.81)
+    assert of["backbone.blocks.1.ls2.gamma"]["scale"] == pytest.approx(0.9)
+    for name in ("backbone.norm.weight", "dino_head.mlp.0.weight", "ibot_head.last_layer.weight_v"):
+        assert of[name]["scale"] == 1
+    large = multipliers(24, 0.9)
+    assert large["backbone.cls_token"]["scale"] == pytest.approx(0.07179, abs=1e-5)
+    assert large["backbone.patch_embed.proj.weight"]["scale"] == pytest.approx(0.014358, abs=1e-6)
+    plain = {name for name, group in of.items() if not group["decays"]}
+    assert plain == {name for name in of if re.search(r"\.bias$|norm|gamma", name)}
+    last = {name for name, group in of.items() if group["last"]}
+    assert last == {f"{head}_head.last_layer.weight_{x}" for head in ("dino", "ibot") for x in "gv"}
+    assert all(of[name]["decays"] for name in last)
+
+
 def test_what_the_optimizer_gets(folder, tmp_path, monkeypatch):
     """Rate and weight decay of each step, on no vector; frozen prototypes; clipping by part; the teacher
     after the step: with momentum 0 at the first it is the student that the optimiser has just left."""
@@ -555,7 +591,8 @@ def test_what_the_optimizer_gets(folder, tmp_path, monkeypatch):
         lr, decay = cosine_schedule(i, 8, 0, 1e-4, 1e-6), cosine_schedule(i, 8, 0, 0.04, 0.4)
         assert given.keys() == {name for name, _ in built[0].named_parameters()}
         for name, (rate, strength) in given.items():
-            assert rate == pytest.approx(0 if "last_layer" in name and i < 4 else lr)
+            scale = 0.2 if "patch_embed" in name else 1
+            assert rate == pytest.approx(0 if "last_layer" in name and i < 4 else lr * scale)
             assert strength == pytest.approx(0 if re.search(r"\.bias$|norm|gamma", name) else decay)
         assert norms == pytest.approx([1e-3] * 3, rel=1e-2)  # backbone and two heads, each to 1e-3
 
@@ -788,7 +825,7 @@ def test_paper_command_is_the_sheet_s():
     assert (args.koleo_weight, args.sinkhorn) == (0.1, False)
     assert (args.warmup_teacher_temp, args.teacher_temp, args.student_temp) == (0.04, 0.07, 0.1)
     assert (args.momentum, args.weight_decay, args.final_weight_decay) == (0.992, 0.04, 0.4)
-    assert args.clip_norm == 3.0
+    assert (args.layerwise_decay, args.patch_embed_lr, args.clip_norm) == (0.9, 0.2, 3.0)
     assert (args.batch_size, args.epochs) == (2048, 200)
     assert args.lr == pytest.approx(0.004 * math.sqrt(2), rel=1e-4)
     passes = 1250 * 2048 / 1_281_167

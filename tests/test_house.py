@@ -24,7 +24,7 @@ LINES |= {
     "byol": 796,
     "clip": 1018,
     "dino": 944,
-    "dinov2": 1043,
+    "dinov2": 1062,
     "ijepa": 828,
     "mae": 793,
     "moco": 808,
@@ -37,7 +37,7 @@ FRONT = {
     "byol": 369,
     "clip": 591,
     "dino": 517,
-    "dinov2": 616,
+    "dinov2": 635,
     "ijepa": 401,
     "mae": 366,
     "moco": 381,
@@ -59,7 +59,8 @@ PUBLIC = {  # DESIGN section 7
     "dino": "VisionTransformer DINOHead DINO dino_loss update_center dino_schedule momentum_update "
     "random_crop multi_crop augment augment_crops target_moments monitor attention_page",
     "dinov2": "DINOv2 DINOv2ViT dino_losses ibot_loss koleo_loss sinkhorn_knopp draw_masks momentum_update "
-    "random_crop multi_crop augment augment_crops to_timm move_center target_moments monitor",
+    "random_crop multi_crop augment augment_crops to_timm move_center parameter_groups target_moments "
+    "monitor",
     "ijepa": "IJEPA multiblock_masks apply_masks target_features ijepa_loss momentum_update random_crop "
     "monitor masks_picture",
     "mae": "MAE patchify unpatchify random_masking pixel_targets mae_loss random_crop monitor reconstruction",
