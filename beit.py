@@ -23,7 +23,8 @@ Paper:  torchrun --nnodes 2 --nproc-per-node 8 beit.py --data imagenet/ --image-
 Differs from the official code: its own tokenizer, of the official layers and sizes, for DALL-E's, whose files
 are gone; no schedule for one is published, this is ours; it sees the same crop, reduced, not a second resize
 by Lanczos. Encoders below vit_base. Colours are jittered after the crop, in one order a batch. The loss is
-the mean over the hidden patches of all processes; stochastic depth depends on the number of these.
+the mean over the hidden patches of all processes; stochastic depth depends on the number of these and of
+micro-batches.
 """
 
 import contextlib
@@ -112,8 +113,8 @@ def random_crop(size, min_scale, max_scale=1.0):
 
 
 def block_mask(grid, num_masked, rng, min_block=16):
-    """Blockwise mask (Algorithm 1, as in the official code): bool (H, W), at most num_masked True, in blocks
-    of min_block patches or more, as far as there is room. rng: random.Random."""
+    """Blockwise mask (BEiT's Algorithm 1, 2106.08254, by its code): bool (H, W), at most num_masked True, in
+    blocks of min_block patches or more, the last ones smaller. rng: random.Random."""
     mask, missing, tries = torch.zeros(grid, dtype=torch.bool), num_masked, 0
     while missing > 0 and tries < 10:
         tries += 1
@@ -402,7 +403,9 @@ def train_tokenizer(args, tokenizer, folder, data, micro, processes):
     run = open_run(replace(args, run_dir=str(folder)), "dvae", parts, len(data.items), amp)
     step = run.step
     total = args.tokenizer_epochs * run.per_epoch
-    facts = {"builder": "beit.DVAE", "arch_args": {}, "feature_dim": 2 * args.tokenizer_dim}
+    shape = {"tokens": args.tokens, "code_dim": 2 * args.tokenizer_dim}
+    shape |= {"hidden_dim": args.tokenizer_dim, "layers": args.tokenizer_layers}
+    facts = {"builder": "beit.DVAE", "arch_args": shape, "feature_dim": 2 * args.tokenizer_dim}
     net = nn.parallel.DistributedDataParallel(tokenizer) if world > 1 else tokenizer
 
     keys = data.batches(args.batch_size, step, args.tokenizer_epochs, rank, world)
@@ -505,7 +508,7 @@ def train_beit(args, tokenizer, run, encoder, facts, data, micro, processes):
             pixels = jitter_colors(crops, u, order, args.color_jitter)
             if step == 0 and rank == 0:
                 torchvision.utils.save_image(pixels[:32], run.folder / "views.png")
-            hidden = gather(masks.sum()[None]).sum()  # patches, of all processes
+            hidden = gather(masks.sum()[None]).sum().clamp(min=1)  # patches, of all processes
             chunks = [*zip(pixels.split(micro), masks.split(micro), strict=True)]
             torch.manual_seed(seeded(4, args.seed, step, rank).initial_seed())  # of stochastic depth
 
@@ -631,8 +634,8 @@ def read_image(file, shortest):
 
 
 def seeded(*integers):
-    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step, 4 layers), seed, number; no strings,
-    whose hash differs between processes. So workers, processes and a resume change nothing."""
+    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step, 4 layers, 5 masks), seed, number; no
+    strings, whose hash differs between processes. So workers, processes and a resume change nothing."""
     return torch.Generator().manual_seed(hash(integers) % 2**63)
 
 

@@ -75,7 +75,7 @@ class Args:
     proj_dim: int = 256  # width of z
     momentum: float = 0.98  # of the moving average (paper: 0.996, rising to 1 as here)
     predictor: bool = True  # without, online and target network agree on a constant: watch it
-    stop_gradient: bool = True  # without, the target is the online network, which gets its gradient: watch it
+    stop_gradient: bool = True  # without, the trained network is its own target: watch it
     epochs: int = 12  # passes over the data (paper: 40 to 1000)
     batch_size: int = 64  # images per step, of all processes together (paper: 4096)
     optimizer: Literal["sgd", "lars"] = "sgd"  # sgd: Nesterov; momentum 0.9 in both (paper: lars)
@@ -451,8 +451,8 @@ def read_image(file, shortest):
 
 
 def seeded(*integers):
-    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step, 4 layers), seed, number; no strings,
-    whose hash differs between processes. So workers, processes and a resume change nothing."""
+    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step, 4 layers, 5 masks), seed, number; no
+    strings, whose hash differs between processes. So workers, processes and a resume change nothing."""
     return torch.Generator().manual_seed(hash(integers) % 2**63)
 
 

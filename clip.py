@@ -162,8 +162,8 @@ def read_table(file):
 
 class Pairs(Dataset):
     """Images and their captions: item epoch x n + index is a view, the ids of one of its captions, and index.
-    `data` is as --data, but for the demo's other images if not to train. Uses read_table,
-    demo_caption, NAMES, tokenize and Plumbing."""
+    `data` is as --data; not to train the demo is 1,024 other images. Uses read_table, demo_caption,
+    NAMES, tokenize and Plumbing."""
 
     def __init__(self, args, data, to_train):
         self.args, self.rows = args, None
@@ -174,10 +174,12 @@ class Pairs(Dataset):
             view = v2.Compose([crop, v2.RandomHorizontalFlip(0.5 * args.flip)])
         shortest = size / (0.75 * args.min_scale) ** 0.5  # even a crop of 3 : 4 is not enlarged
         is_table = str(data).lower().endswith((".csv", ".tsv"))
-        self.images = Images(replace(args, data="demo" if is_table else data), (view,), shortest)
+        file = data if is_table else os.path.join(data, "captions.csv")
+        of_table = is_table or os.path.isfile(file)
+        self.images = Images(replace(args, data="demo" if of_table else data), (view,), shortest)
         items = self.images.items
 
-        if hasattr(items, "column_names"):  # open_data took but the images
+        if hasattr(items, "column_names"):  # of Arrow; open_data took only its images
             import datasets
 
             rows = datasets.load_from_disk(data)
@@ -191,8 +193,8 @@ class Pairs(Dataset):
             numbers = range(len(items)) if to_train else range(10**6, 10**6 + 1024)
             self.images.items = [demo_image(number) for number in numbers]
             captions = [demo_caption(number).encode() for number in numbers]
-        else:  # the table's images take the place of those that open_data found
-            table = read_table(data if is_table else os.path.join(data, "captions.csv"))
+        else:  # the table's images take the place of those that open_data gave
+            table = read_table(file)
             self.images.items, captions = np.array([*table]), table.values()
         self.ends = np.cumsum([0, *map(len, captions)])
         self.lines = b"".join(captions)  # one object, which workers share
@@ -419,7 +421,7 @@ def retrieval(model, pairs):
     STD, seeded."""
     order = torch.randperm(len(pairs.images.items), generator=seeded(2, 0))[:5000].tolist()
     features = {}  # by index: what stood in for a broken image comes once
-    for pixels, _, index in DataLoader(pairs, 256, sampler=order):
+    for pixels, _, index in DataLoader(pairs, 256, sampler=order, num_workers=pairs.args.workers):
         images = v2.functional.normalize(pixels.to(model.logit_scale.device) / 255, MEAN, STD)
         features |= zip(index.tolist(), F.normalize(model.encode_image(images), dim=1), strict=True)
 
@@ -438,8 +440,8 @@ def retrieval(model, pairs):
 def classify(args):
     """Print the probability of each of --prompts for each photo, by the run in --run-dir and its flags;
     returns {photo: probabilities}."""
-    if len(args.prompts) < 2:
-        sys.exit("--classify: give 2 or more --prompts")
+    if not args.classify or len(args.prompts) < 2:
+        sys.exit("--classify: give photos, and 2 or more --prompts")
     folder, found = Path(args.run_dir or "runs/clip"), {}
     try:
         held = json.loads((folder / "args.json").read_text())
@@ -466,7 +468,7 @@ def classify(args):
 # --- Training -----------------------------------------------------------------------------------------------
 def train(args: Args) -> dict:
     """Train in the run folder, from its checkpoint if it has one; returns the last metrics."""
-    if args.classify:
+    if args.classify or args.prompts:
         return classify(args)
     check_flags(args, may_be_zero="", at_most={"min_scale": 1})
     if args.image_size % args.patch_size:
@@ -577,7 +579,10 @@ def train(args: Args) -> dict:
 
                 if step == total and rank == 0 and measured:
                     began = time.monotonic()
-                    metrics |= retrieval(model, measured)
+                    try:
+                        metrics |= retrieval(model, measured)
+                    except OSError as error:  # unreadable photos must not cost the run
+                        tqdm.write(f"--val-data {args.val_data}: {str(error).splitlines()[-1]}")
                     run.since += time.monotonic() - began  # no part of the training's pace
                 log_metrics(run, step, metrics | found, problems, alarm_from)
             if at_log and time.monotonic() >= run.save_at:
@@ -673,8 +678,8 @@ def read_image(file, shortest):
 
 
 def seeded(*integers):
-    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step, 4 layers), seed, number; no strings,
-    whose hash differs between processes. So workers, processes and a resume change nothing."""
+    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step, 4 layers, 5 masks), seed, number; no
+    strings, whose hash differs between processes. So workers, processes and a resume change nothing."""
     return torch.Generator().manual_seed(hash(integers) % 2**63)
 
 

@@ -10,7 +10,7 @@ of each of B images, the student of these, with patches M_i hidden in half of th
   p = softmax(s / T_s),  q = softmax((t - c) / T_t) with moving mean c, or Sinkhorn-Knopp of t / T_t
   L_d = mean over pairs of crops u != v of  -sum q_u log p_v,  by [CLS] (DINO)
   L_i = 1 / 2B  sum over crops i of the mean over j in M_i of  -sum q_ij log p_ij,  by patch (iBOT)
-  L_k = -mean log |x_i - x_nearest|,  x = student's [CLS], length 1, by global crop (KoLeo)
+  L_k = sum over both global crops of  -mean log |x_i - x_nearest|,  x: student's [CLS], length 1 (KoLeo)
   L = L_d + L_i + 0.1 L_k
 Centering or Sinkhorn-Knopp, and sharpening (T_t below T_s), stop the collapse, as in dino.py.
 
@@ -218,8 +218,8 @@ def augment_crops(crops, u, order, args):
 
 
 def block_mask(grid, num_masked, rng, min_block=16):
-    """Blockwise mask (Algorithm 1, as in the official code): bool (H, W), at most num_masked True, in blocks
-    of min_block patches or more, as far as there is room. rng: random.Random."""
+    """Blockwise mask (BEiT's Algorithm 1, 2106.08254, by its code): bool (H, W), at most num_masked True, in
+    blocks of min_block patches or more, the last ones smaller. rng: random.Random."""
     mask, missing, tries = torch.zeros(grid, dtype=torch.bool), num_masked, 0
     while missing > 0 and tries < 10:
         tries += 1
@@ -237,8 +237,8 @@ def block_mask(grid, num_masked, rng, min_block=16):
 
 
 def draw_masks(crops, mine, grid, ratios, probability, seed):
-    """Masks (len(mine), N) of `mine` of all crops. A random share `probability` of all hides patches, up to
-    int(N u), each u from another part of ratios. Uses block_mask."""
+    """Masks (len(mine), N) of crops number `mine` of `crops` in all. A random share `probability` of these
+    hides patches, one of n up to int(N u), u uniform in another of n parts of ratios. Uses block_mask."""
     rng, n = random.Random(seed), int(crops * probability)
     edges = np.linspace(*ratios, n + 1)
     counts = [int(math.prod(grid) * rng.uniform(*part)) for part in pairwise(edges)]
@@ -554,7 +554,7 @@ def train(args: Args) -> dict:
     with guarded(run, total) as signals:  # torchrun: none; adds run.bar, save_at
         for *crops, _ in loader:  # all epochs that are left
             lr = cosine_schedule(step, total, warmup, args.lr, 1e-6)
-            if step < warmup:  # in the official code the line is at its end one step earlier
+            if step < warmup:  # officially it ends a step earlier
                 lr *= warmup / max(1, warmup - 1)
             decay = cosine_schedule(step, total, 0, args.weight_decay, args.final_weight_decay)
             for group in optimizer.param_groups:
@@ -624,7 +624,7 @@ def train(args: Args) -> dict:
                 moments = gather(target_moments(cls_targets)[None]).mean(dim=0)
                 found, problems = monitor(moments, gather(h), losses)
                 log_metrics(run, step, metrics | found, problems, alarm_from)
-            if at_log and time.monotonic() >= run.save_at:
+            if at_log and rank == 0 and time.monotonic() >= run.save_at:
                 save_run(run, step, to_timm(deepcopy(teacher.backbone.state_dict())), **facts)
             if signals:
                 break
@@ -717,8 +717,8 @@ def read_image(file, shortest):
 
 
 def seeded(*integers):
-    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step, 4 layers), seed, number; no strings,
-    whose hash differs between processes. So workers, processes and a resume change nothing."""
+    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step, 4 layers, 5 masks), seed, number; no
+    strings, whose hash differs between processes. So workers, processes and a resume change nothing."""
     return torch.Generator().manual_seed(hash(integers) % 2**63)
 
 

@@ -75,7 +75,7 @@ class Args:
     hidden_dim: int = 512  # hidden layer of projector and predictor (paper: 4096)
     momentum: float = 0.99  # of the moving average (paper: 0.99, rising to 1 as here)
     temperature: float = 0.2  # tau (paper: 0.2)
-    negatives: bool = True  # without, only attraction is left, and z comes to few directions: watch it
+    negatives: bool = True  # without, only attraction is left and z collapses to a few directions: watch it
     epochs: int = 10  # passes over the data (paper: 300)
     batch_size: int = 64  # images per step, of all processes together (paper: 4096)
     base_lr: float = 4e-3  # times batch / 256 is the learning rate (paper: 1.5e-4)
@@ -483,8 +483,8 @@ def read_image(file, shortest):
 
 
 def seeded(*integers):
-    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step, 4 layers), seed, number; no strings,
-    whose hash differs between processes. So workers, processes and a resume change nothing."""
+    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step, 4 layers, 5 masks), seed, number; no
+    strings, whose hash differs between processes. So workers, processes and a resume change nothing."""
     return torch.Generator().manual_seed(hash(integers) % 2**63)
 
 

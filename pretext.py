@@ -70,7 +70,7 @@ class Args:
     data: str = "demo"  # demo, a folder of images in any layout, or a torchvision data set such as CIFAR10
     image_size: int = 32  # side of a view in pixels (paper: 224, colorization 176, jigsaw's code 255)
     min_scale: float = 0.6  # smallest area of a crop as a share of the image (paper: 0.08, rotation)
-    permutations: int = 100  # jigsaw: answers to choose from (paper: 1000)
+    permutations: int = 100  # jigsaw: answers to choose from, .1 s each to find (paper: 1000)
     gray: float = 0.3  # jigsaw: share of gray images, the others get their colours shifted (paper: 0.3)
     neighbors: int = 5  # colorization: bins that share a pixel's colour (paper: 5, its code 10)
     rebalance: float = 0.5  # colorization: lambda; the lower, the more rare colours count (paper: 0.5)
@@ -193,12 +193,15 @@ def soft_bins(ab, bins, neighbors):
 
 def colour_weights(data, bins, args):
     """From up to 2,048 images: weights (K,) of the bins, on average 1 (Eq. 4); logits (K,) of the best answer
-    without a look. SystemExit if 90 % are gray. Uses rgb_to_lab, RGB_TO_XYZ, WHITE, soft_bins."""
+    without a look. SystemExit if 90 % are gray. Uses rgb_to_lab, RGB_TO_XYZ, WHITE, soft_bins,
+    ignore_signals."""
     keys = range(0, len(data.items), math.ceil(len(data.items) / 2048))
     n, gray = len(bins), 0
     pairs = torch.zeros(n * n, dtype=torch.float64)
     try:
-        for images, _ in DataLoader(data, 64, sampler=keys, num_workers=args.workers):
+        for images, _ in DataLoader(
+            data, 64, sampler=keys, num_workers=args.workers, worker_init_fn=ignore_signals
+        ):
             ab = rgb_to_lab(images / 255)[:, 1:, ::4, ::4]
             index, share, coloured = soft_bins(ab, bins, args.neighbors)
             pair = index[..., :1] * n + index  # of the nearest bin and one with a share
@@ -234,6 +237,15 @@ def resnet(arch, stem):
         net.maxpool = nn.Identity()
     width, net.fc = net.fc.in_features, nn.Identity()
     return net, width
+
+
+# A task has
+#   backbone, width; constant, logits of the best answer without a look
+#   random_numbers, how many make() gets for each image, uniform, as u (B, random_numbers)
+#   make(images, u) -> inputs, targets; forward(inputs) -> logits (R, K, ...), h (N, D)
+#   score(logits, targets) -> error, weight, right, (R, ...); weight 0: not asked
+#   picture(inputs, targets, logits) -> rows of pictures (rows, n, 3, H, W) in [0, 1]
+# To add one, name it in TASKS and in Args.task.
 
 
 class Rotation(nn.Module):
@@ -275,6 +287,8 @@ class Jigsaw(nn.Module):
         super().__init__()
         if args.image_size < 24:
             sys.exit(f"--image-size {args.image_size}: jigsaw needs tiles of 6 pixels, so 24 or more")
+        if args.permutations < 2:
+            sys.exit(f"--permutations {args.permutations}: give 2 or more answers to choose from")
         self.random_numbers = 2 + 9 * 2 + 9 * 6
         self.gray, cell = args.gray, args.image_size // 3
         self.tile = round(0.75 * cell)
@@ -383,7 +397,9 @@ def monitor(answers, features):
     features (N, D). And what is wrong, {words: the metric that shows it}. Uses collapse_metrics."""
     error, constant, weight, right = answers[answers[:, 2] > 0].T  # weight 0: not asked
     accuracy = right.mean().item()
-    gain = 1 - ((weight * error).mean() / (weight * constant).mean()).item()  # 1: all right, and sure
+    gain = (
+        1 - ((weight * error).mean() / (weight * constant).mean()).item()
+    )  # 0: one answer to all; 1: right and sure, if targets are hard
     metrics = {"pretext/accuracy": accuracy, "pretext/gain": gain}
     metrics["pretext/plain_loss"] = error.mean().item()
     for name, value in collapse_metrics(features, center=True).items():
@@ -455,8 +471,8 @@ def train(args: Args) -> dict:
                 logits, h = net(inputs)
             errors, weights, right = model.score(logits, targets)
             sums = torch.stack([(weights * errors).sum(), (weights > 0).sum()])
-            error, answers = gather(sums[None]).sum(dim=0)  # of all processes; DDP takes the mean
-            loss = error / answers.clamp(min=1)  # gray images have no answers
+            error, asked = gather(sums[None]).sum(dim=0)  # of all processes; DDP takes the mean
+            loss = error / asked.clamp(min=1)  # of gray images nothing is asked
 
             optimizer.zero_grad()
             scaler.scale(loss).backward()
@@ -576,8 +592,8 @@ def read_image(file, shortest):
 
 
 def seeded(*integers):
-    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step, 4 layers), seed, number; no strings,
-    whose hash differs between processes. So workers, processes and a resume change nothing."""
+    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step, 4 layers, 5 masks), seed, number; no
+    strings, whose hash differs between processes. So workers, processes and a resume change nothing."""
     return torch.Generator().manual_seed(hash(integers) % 2**63)
 
 

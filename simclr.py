@@ -441,8 +441,8 @@ def read_image(file, shortest):
 
 
 def seeded(*integers):
-    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step, 4 layers), seed, number; no strings,
-    whose hash differs between processes. So workers, processes and a resume change nothing."""
+    """Random numbers by a key alone: stream (1 item, 2 epoch, 3 step, 4 layers, 5 masks), seed, number; no
+    strings, whose hash differs between processes. So workers, processes and a resume change nothing."""
     return torch.Generator().manual_seed(hash(integers) % 2**63)
 
 

@@ -23,7 +23,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import ROOT, TRAINING, caption_all, run, tiny_args
+from conftest import ROOT, TRAINING, at_each_step, caption_all, run, tiny_args
 from PIL import Image, ImageFile
 
 import clip
@@ -593,12 +593,10 @@ def test_what_auto_became_defines_the_run(module, finished, monkeypatch):
 def saved_steps(module, monkeypatch, clock, **flags):
     """Steps at which a run of ten steps writes its checkpoint; clock(step) in minutes is what it sees."""
     steps, now = [], [0.0]
-    seeded, save = module.seeded, module.save_checkpoint
+    save = module.save_checkpoint
 
-    def asked(stream, seed, step, *rest):  # near the top of each step
-        if stream == 3:
-            now[0] = max(now[0], 60.0 * clock(step + 1))
-        return seeded(stream, seed, step, *rest)
+    def tick(step):
+        now[0] = max(now[0], 60.0 * clock(step + 1))
 
     def saved(path, **state):
         if Path(path).name == "checkpoint.pt":
@@ -611,7 +609,7 @@ def saved_steps(module, monkeypatch, clock, **flags):
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "time", SimpleNamespace(monotonic=monotonic))
-        patch.setattr(module, "seeded", asked)
+        at_each_step(module, patch, tick)
         patch.setattr(module, "save_checkpoint", saved)
         module.train(tiny_args(module.__name__, **flags))
     return steps

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TRAINING, caption_all, command_line, run, tiny_args
+from conftest import ROOT, TRAINING, at_each_step, caption_all, command_line, run, tiny_args
 from test_contract import TEN, assert_same_run, load, metrics_of, snapshot, stopped, without_events
 from torch import nn
 
@@ -52,16 +52,15 @@ def whole(script, folder, tmp_path_factory):
 
 
 def at_step(module, monkeypatch, number, action):
-    """Do it when step `number` begins, where each method asks for its random numbers; once."""
-    seeded, due = module.seeded, [number - 1]
+    """Do it when step `number` begins; once."""
+    due = [number - 1]
 
-    def asked(stream, seed, step, *rest):
-        if stream == 3 and step in due:
+    def once(step):
+        if step in due:
             due.clear()
             action()
-        return seeded(stream, seed, step, *rest)
 
-    monkeypatch.setattr(module, "seeded", asked)
+    at_each_step(module, monkeypatch, once)
 
 
 def send(*numbers):
