@@ -104,7 +104,7 @@ def trained(module, args, flags, steps, noise=False):
     noise: crops of 32 random pictures instead of images that must be decoded."""
     held = {field.name for field in dataclasses.fields(module.Args)}
     flags = {"device": args.device, "workers": args.workers, "epochs": 1} | flags
-    flags |= {"log_every": max(1, steps // 2), "checkpoint_every": steps}  # this only in the first edition
+    flags["log_every"] = max(1, steps // 2)
     waits, load, read, pool = [], Loading.__next__, module.Images.__init__, {}
 
     def short(self, *arguments, **options):  # an epoch of `steps` batches

@@ -378,7 +378,7 @@ def test_positions_of_another_size(vit_file):
 
 
 def new_form(file, builder, arch_args, **more):
-    """A backbone.pt of the second edition with the weights of a network that this builds."""
+    """A backbone.pt with the weights of a network that this builds."""
     net = eval_linear.build_network(builder, arch_args)
     with torch.no_grad():
         for tensor in net.state_dict().values():
