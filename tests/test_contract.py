@@ -830,6 +830,7 @@ def test_a_removed_safeguard_rings_the_alarm(module, short, capsys, monkeypatch)
         assert not any(line["monitor/alarm"] for line in lines if line["step"] <= 0.2 * lines[-1]["step"])
 
 
+@pytest.mark.shared  # of the others in make test-all, for its time
 def test_a_healthy_run_never_rings(module, short, capsys):
     module.train(tiny_args(module.__name__, **short))
     lines = metrics_of("run")
