@@ -788,8 +788,11 @@ FASTER = {
     "simclr": {"image_size": 16},
 }
 ON_PHOTOS = {
+    "beit": {"lr": 2e-3, "dvae": "", "epochs": 2, "tokenizer_dim": 32, "min_block": 4},  # to tell codes
     "byol": FASTER["byol"],
     "clip": {"lr": 1e-3, "warmup_epochs": 0.4},  # before it tells captions better than by chance
+    "dino": FASTER["dino"],
+    "dinov2": FASTER["dinov2"],
 }
 
 
