@@ -12,7 +12,7 @@ of each of B images, the student of these, with patches M_i hidden in half of th
   L_i = 1 / 2B  sum over crops i of the mean over j in M_i of  -sum q_ij log p_ij,  by patch (iBOT)
   L_k = sum over both global crops of  -mean log |x_i - x_nearest|,  x: student's [CLS], length 1 (KoLeo)
   L = L_d + L_i + 0.1 L_k
-Centering or Sinkhorn-Knopp, and sharpening (T_t below T_s), stop the collapse, as in dino.py.
+Centering or Sinkhorn-Knopp, and sharpening (T_t below T_s), stop the collapse.
 
 Demo:   python dinov2.py
 Photos: python dinov2.py --data photos/ --image-size 96 --local-size 48 --patch-size 8 --arch vit_tiny \
