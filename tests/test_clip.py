@@ -843,7 +843,7 @@ def test_photos_are_named(trained, tmp_path, capsys):
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     args = {"classify": (str(photos[0]),), "prompts": ("a", "b"), "run_dir": str(root / "run")}
     for wrong, said in (
-        ({"prompts": ("a",)}, "give 2 or more --prompts"),
+        ({"prompts": ("a",)}, "give photos, and 2 or more --prompts"),
         ({"run_dir": "none"}, "in none a run of clip.py: .*No such file"),
         ({"classify": ("none.png",)}, "No such file"),
         ({"classify": (str(root / "train.csv"),)}, "cannot identify image"),
