@@ -2,16 +2,24 @@ import ast
 import atexit
 import functools
 import importlib
+import json
 import os
+import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
-import pytest
-import torch
-from PIL import Image
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with threads of OpenMP cannot be forked
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -45,6 +53,16 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("shared") and item.callspec.params["script"] not in REPRESENTATIVES:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -143,9 +161,110 @@ def features_of(backbone, x):
     return backbone((x * backbone.std + backbone.mean) * 255)
 
 
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def metrics_of(folder):
+    """Lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{tag: value for tag, value in line.items() if not tag.startswith("perf/")} for line in lines]
+
+
+def tensors_of(state, prefix=""):
+    """{path: tensor} of all tensors in nested dicts and lists."""
+    if isinstance(state, torch.Tensor):
+        return {prefix: state}
+    items = state.items() if isinstance(state, dict) else ()
+    items = enumerate(state) if isinstance(state, (list, tuple)) else items
+    found = [tensors_of(value, f"{prefix}/{key}") for key, value in items]
+    return {name: tensor for tensors in found for name, tensor in tensors.items()}
+
+
+def shaken(model, generator, size=0.1):
+    """With noise on every parameter and statistic, so that what starts at 0 or 1 cannot hide."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            noise = size * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+            tensor += noise.abs() if name.endswith("running_var") else noise
+    return model.eval()
+
+
+def stopped(call, match):
+    """call() must end with SystemExit and one short line that matches; returns it."""
+    with pytest.raises(SystemExit) as stop:
+        call()
+    message = stop.value.code
+    assert isinstance(message, str) and "\n" not in message and len(message) < 400, message
+    assert re.search(match, message), message
+    return message
+
+
+def refused(script, match, **flags):
+    """train() with these flags must end so."""
+    return stopped(lambda: importlib.import_module(script).train(tiny_args(script, **flags)), match)
+
+
 def run(words, timeout=240, **options):
     options = {"capture_output": True, "text": True, "timeout": timeout} | options
     return subprocess.run([str(word) for word in words], **options)
+
+
+class Forked:
+    """n processes of one training, as torchrun starts them but at the price of a fork: each calls
+    function(rank), with all that the test has patched. end() -> returncode, stdout, stderr, result."""
+
+    def __init__(self, function, n=1):
+        self.folder = Path(tempfile.mkdtemp())
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        world = {"WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if n > 1 else {}
+        self.pids = []
+        for rank in range(n):
+            pid = os.fork()
+            if not pid:
+                self.call(function, rank, world | ({"RANK": rank, "LOCAL_RANK": rank} if world else {}))
+            self.pids.append(pid)
+
+    def call(self, function, rank, environment):
+        os.setsid()
+        signal.alarm(100)  # it hangs
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        for number, name in enumerate((os.devnull, self.folder / f"{rank}.out", self.folder / f"{rank}.err")):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
+        sys.stdin, sys.stdout, sys.stderr = (
+            open(i, "rw"[i > 0], buffering=1, closefd=False) for i in range(3)
+        )
+        code = 1
+        try:
+            torch.save(function(rank), self.folder / f"{rank}.pt")
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            print(stop.code, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
+    def end(self):
+        ends = []
+        for rank, pid in enumerate(self.pids):
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            out, err = ((self.folder / f"{rank}.{name}").read_text() for name in ("out", "err"))
+            result = torch.load(self.folder / f"{rank}.pt", weights_only=False) if code == 0 else None
+            ends.append(SimpleNamespace(returncode=code, stdout=out, stderr=err, result=result))
+        shutil.rmtree(self.folder)
+        return ends
+
+
+def in_processes(function, n=2):
+    """What function(rank) returns in each of n processes; all must succeed."""
+    ends = Forked(function, n).end()
+    assert not any(end.returncode for end in ends), "\n".join(end.stdout + end.stderr for end in ends)
+    return [end.result for end in ends]
 
 
 def run_processes(tmp_path, code, n=2):

@@ -5,7 +5,6 @@ import json
 import math
 import re
 from colorsys import rgb_to_hsv
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -13,9 +12,10 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import tyro
-from conftest import run_processes, tiny_args
+from conftest import in_processes, metrics_of, tiny_args
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torchvision.transforms import functional as TF
 
 import simclr
@@ -267,25 +267,22 @@ def test_gradient_in_chunks_is_that_of_the_batch(folder, tmp_path, dtype, tolera
 
 
 @pytest.mark.parametrize("micro", [0, 4])
-def test_two_processes_are_one(folder, tmp_path, micro):
+def test_two_processes_are_one(folder, tmp_path, monkeypatch, micro):
     """Loss, gradient and metrics of train() under DDP, in one pass and in chunks of a ResNet with BatchNorm
     in eval mode; both processes have the loss of the whole batch."""
-    code = f"""
-import os, torch, simclr
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_simclr import one_step
-losses, nt_xent = [], simclr.nt_xent
-simclr.nt_xent = lambda *a: losses.append(nt_xent(*a)) or losses[-1]
-passes = one_step({str(folder)!r}, "two", {micro}, torch.float64)
-assert [len(images) for images in passes] == ([24] if {micro} == 0 else [8] * 6)
-torch.save(losses[0].detach(), "loss" + os.environ["RANK"] + ".pt")
-"""
-    run_processes(tmp_path, code)
+    losses = []
+    monkeypatch.setattr(simclr, "nt_xent", lambda *a: losses.append(nt_xent(*a)) or losses[-1])
+
+    def two(rank):
+        passes = one_step(folder, tmp_path / "two", micro, DOUBLE)
+        return [len(images) for images in passes], losses[0].item()
+
+    (sizes, first), (_, second) = in_processes(two)
+    assert sizes == ([8] * 6 if micro else [24]) and first == second
     one_step(folder, tmp_path / "one", 0, DOUBLE)
+    assert losses[0].item() == pytest.approx(first, abs=1e-12)
     (weights, two, metrics), (initial, one, expected) = saved(tmp_path / "two"), saved(tmp_path / "one")
-    for rank in (0, 1):
-        loss = torch.load(tmp_path / f"loss{rank}.pt", weights_only=True).item()
-        assert loss == pytest.approx(expected["train/loss"], abs=1e-12)
+    assert metrics["train/loss"] == pytest.approx(first, abs=1e-12)
     assert all(torch.equal(weights[name], initial[name]) for name in initial)
     assert max((a - b).abs().max() for a, b in zip(two, one, strict=True)) < 1e-12
     assert max(g.abs().max() for g in one) > 1e-3
@@ -294,33 +291,31 @@ torch.save(losses[0].detach(), "loss" + os.environ["RANK"] + ".pt")
             assert metrics[tag] == pytest.approx(expected[tag], abs=1e-6), tag
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("lars", marks=pytest.mark.slow)])
-def test_training_is_the_same_in_chunks_and_in_processes(tmp_path, optimizer):
-    """train() itself, with a network without BatchNorm: 1 process = chunks = 2 processes = 2 in chunks."""
-    code = f"""
-import sys, torch, simclr
-from torch import nn
 class Scale(nn.BatchNorm1d):
     def forward(self, x):
         return x * self.weight + self.bias
-def small(arch, stem):
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 32), nn.Tanh()), 32
-simclr.resnet, simclr.nn.BatchNorm1d = small, Scale
-args = simclr.Args(
-    data="photos", image_size=16, batch_size=24, epochs=1, warmup_epochs=0.01, workers=0, log_every=1,
-    blur=0.5, proj_layers=3, optimizer={optimizer!r}, base_lr=1.0,
-    micro_batch_size=MICRO, run_dir="RUN",
-)
-simclr.train(args)
-"""
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("lars", marks=pytest.mark.slow)])
+def test_training_is_the_same_in_chunks_and_in_processes(tmp_path, monkeypatch, optimizer):
+    """train() itself, with a network without BatchNorm: 1 process = chunks = 2 processes = 2 in chunks."""
+
+    def small(arch, stem):
+        return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 32), nn.Tanh()), 32
+
+    monkeypatch.setattr(simclr, "resnet", small)
+    monkeypatch.setattr(nn, "BatchNorm1d", Scale)
+    flags = {"image_size": 16, "batch_size": 24, "epochs": 1, "warmup_epochs": 0.01, "blur": 0.5}
+    flags |= {"proj_layers": 3, "optimizer": optimizer, "base_lr": 1.0, "data": "photos"}
     (tmp_path / "photos").mkdir()
     for i in range(144):
         simclr.demo_image(i)[0].save(tmp_path / "photos" / f"{i:03d}.png")
     curves = {}
     for n, micro in ((1, 0), (1, 4), (2, 0), (2, 3)):
         name = f"run{n}{micro}"
-        run_processes(tmp_path, code.replace("MICRO", str(micro)).replace("RUN", name), n)
-        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        args = tiny_args("simclr", **flags, micro_batch_size=micro, run_dir=name)
+        in_processes(lambda rank, args=args: simclr.train(args), n)
+        lines = metrics_of(name)
         curves[name] = lines
         assert len(lines) == 6
         for line, first in zip(lines, curves["run10"], strict=True):
