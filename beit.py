@@ -76,6 +76,7 @@ class Args:
     mask_ratio: float = 0.4  # share of the patches that is hidden (paper: 0.4, its code 75 of 196)
     min_block: int = 4  # patches of the smallest block of the mask (paper: 16)
     workers: int = 2  # processes that read images, for each training process
+
     dvae: str = ""  # tokenizer/backbone.pt of an earlier run; default: train one first
     tokens: int = 128  # K, codes of the tokenizer (paper: 8192)
     tokenizer_dim: int = 32  # width of the tokenizer's layers, half of a code's (paper: 256)
@@ -86,12 +87,14 @@ class Args:
     arch: Arch = "vit_nano"  # encoder, 128 to 1280 wide (paper: vit_base, vit_large)
     layer_scale: float = 0.1  # start of LayerScale (paper: 0.1, vit_large 1e-5)
     drop_path: float = 0.0  # stochastic depth of the last block, 0 in the first (paper: 0.1)
+
     epochs: int = 8  # passes over the data (paper: 800)
     batch_size: int = 64  # images per step, of all processes together (paper: 2048)
     micro_batch_size: int = 0  # images per pass and process, 0: all; same gradient, BatchNorm apart
     lr: float = 1e-3  # learning rate (paper: 1.5e-3)
     weight_decay: float = 0.05  # strength of weight decay (paper: 0.05, not on biases and norms)
     warmup_epochs: float = 0.5  # linear from 0 (paper: 10)
+
     init: str = ""  # backbone.pt that the encoder starts from, of convert.py or an earlier run
     seed: int = 0  # of all random numbers
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is one

@@ -69,6 +69,7 @@ class Args:
     blurs: tuple[float, float] = (0.0, 0.0)  # probability of blur in the first, second view (paper: 1 0.1)
     solarize: float = 0.2  # probability of solarization (paper: 0.2, of the second view)
     workers: int = 2  # processes that read images, for each training process
+
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet18"  # encoder (paper: resnet50)
     stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3, stride 1, no max-pool; 10 x the work
     hidden_dim: int = 1024  # hidden layer of projector and predictor (paper: 4096)
@@ -76,12 +77,14 @@ class Args:
     momentum: float = 0.98  # of the moving average (paper: 0.996, rising to 1 as here)
     predictor: bool = True  # without, online and target network agree on a constant: watch it
     stop_gradient: bool = True  # without, the trained network is its own target: watch it
+
     epochs: int = 12  # passes over the data (paper: 40 to 1000)
     batch_size: int = 64  # images per step, of all processes together (paper: 4096)
     optimizer: Literal["sgd", "lars"] = "sgd"  # sgd: Nesterov; momentum 0.9 in both (paper: lars)
     base_lr: float = 0.03  # times batch / 256 is the learning rate (paper: 0.2)
     weight_decay: float = 2e-3  # strength of weight decay (paper: 1.5e-6, not on biases and norms)
     warmup_epochs: float = 1.0  # linear from 0 (paper: 10)
+
     init: str = ""  # backbone.pt that the encoder starts from, of convert.py or an earlier run
     seed: int = 0  # of all random numbers
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is one

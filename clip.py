@@ -77,18 +77,21 @@ class Args:
     tokenizer: Literal["bytes", "bpe"] = "bytes"  # bpe: CLIP's own, of open_clip (paper: bpe)
     context_length: int = 64  # tokens of a text with its start and end; the rest is cut (paper: 77)
     workers: int = 2  # processes that read images, for each training process
+
     arch: Arch = "vit_nano"  # encoder of images (paper: vit_base, vit_large)
     patch_size: int = 8  # side of a patch in pixels (paper: 32, 16 or 14)
     embed_dim: int = 128  # width of the features that are compared (paper: 512 to 1024)
     text_width: int = 128  # of the encoder of text, a multiple of 64 (paper: 512)
     text_depth: int = 4  # its blocks (paper: 12)
     quick_gelu: bool = True  # x sigmoid(1.702 x) for GELU, in both encoders (paper: on)
+
     epochs: int = 15  # passes over the data (paper: 32)
     batch_size: int = 256  # images per step, of all processes together (paper: 32768)
     micro_batch_size: int = 0  # images per pass and process, 0: all; same gradient, BatchNorm apart
     lr: float = 1e-3  # learning rate (paper: 5e-4)
     weight_decay: float = 0.2  # strength of weight decay (paper: 0.2, not on biases and gains)
     warmup_epochs: float = 1.0  # linear from 0 (paper: 2000 steps)
+
     init: str = ""  # backbone.pt that the encoder starts from, of convert.py or an earlier run
     seed: int = 0  # of all random numbers
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is one
@@ -97,6 +100,7 @@ class Args:
     run_dir: str = ""  # default: runs/METHOD, and a hash of the flags that differ from the defaults
     log_every: int = 10  # steps
     save_minutes: float = 10.0  # between checkpoints, written at a log step, 0: at each; always at the end
+
     classify: tuple[str, ...] = ()  # photos to name with --prompts, by the run in --run-dir
     prompts: tuple[str, ...] = ()  # texts to choose from
 

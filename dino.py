@@ -73,6 +73,7 @@ class Args:
     crop_blurs: tuple[float, float, float] = (0.0, 0.0, 0.0)  # chance: 1st, 2nd, local (paper: 1 0.1 0.5)
     solarize: float = 0.2  # probability of solarization (paper: 0.2)
     workers: int = 2  # processes that read images, for each training process
+
     arch: Literal["vit_nano", "vit_tiny", "vit_small", "vit_base"] = "vit_nano"  # encoder (paper: last two)
     drop_path: float = 0.0  # stochastic depth of the last block, 0 in the first (paper: 0.1)
     head_dim: int = 512  # width of the head's hidden layers (paper: 2048)
@@ -85,6 +86,7 @@ class Args:
     momentum: float = 0.99  # of the moving average (paper: 0.996, rising to 1 as here)
     centering: bool = True  # without, targets become one-hot: watch it (--momentum 0.9)
     sharpening: bool = True  # without, T_t is T_s and the teacher uniform: watch it
+
     epochs: int = 8  # passes over the data (paper: 100 to 800)
     batch_size: int = 32  # images per step, of all processes together (paper: 1024)
     base_lr: float = 8e-3  # times batch / 256 is the learning rate (paper: 5e-4)
@@ -93,6 +95,7 @@ class Args:
     warmup_epochs: float = 1.0  # linear from 0 (paper: 10)
     freeze_last_layer: int = 1  # epochs before the prototypes move (paper: 1)
     clip_grad: float = 3.0  # largest norm of each tensor's gradient (paper: 3; 1e9: any)
+
     init: str = ""  # backbone.pt that the encoder starts from, of convert.py or an earlier run
     seed: int = 0  # of all random numbers
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is one

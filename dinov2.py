@@ -85,6 +85,7 @@ class Args:
     solarize: float = 0.2  # probability of solarization (paper: 0.2)
     mask_ratios: tuple[float, float] = (0.1, 0.5)  # hidden in half of the global crops (paper: 0.1 0.5)
     workers: int = 2  # processes that read images, for each training process
+
     arch: Literal["vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large"] = "vit_nano"  # encoder
     registers: int = 0  # tokens beside [CLS] (paper: 4)
     layer_scale: float = 0.1  # start of LayerScale (paper: 1e-5)
@@ -101,6 +102,7 @@ class Args:
     momentum: float = 0.99  # of the moving average (paper: 0.992, rising to 1 as here)
     centering: bool = True  # without, targets become one-hot: watch it (--momentum 0.9)
     sharpening: bool = True  # without, T_t is T_s and the teacher uniform: watch it
+
     epochs: int = 8  # passes over the data (paper: 200)
     batch_size: int = 32  # images per step, of all processes together (paper: 2048)
     lr: float = 1e-3  # learning rate (paper: 4e-3 times sqrt(batch / 1024))
@@ -111,6 +113,7 @@ class Args:
     warmup_epochs: float = 1.0  # linear from 0 (paper: 20)
     freeze_last_layer: int = 1  # epochs before the prototypes move (paper: 2)
     clip_norm: float = 3.0  # largest gradient of backbone and each head (paper: 3)
+
     init: str = ""  # backbone.pt that the encoder starts from, of convert.py or an earlier run
     seed: int = 0  # of all random numbers
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is one

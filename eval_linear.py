@@ -2,13 +2,15 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.4", "torchvision>=0.19", "timm>=1.0.31", "tyro", "tensorboard", "tqdm"]
 # ///
-"""Evaluate a backbone: k-NN, logistic regression, linear probe of frozen features, fine-tuning, prediction.
+r"""Evaluate a backbone: k-NN, logistic regression, linear probe of frozen features, fine-tuning, prediction.
 
 Every method is measured here, on the same images and labels (protocols: 2002.05709 App. B; 2104.14294):
   knn       vote of the k most similar training images, weighted by exp(cosine / 0.07); nothing is trained
   logreg    softmax regression on standardised features, to its optimum (L-BFGS), penalty by cross-validation
   linear    the papers' probe: SGD on one linear layer, the best of a grid of rates on labels kept out
   finetune  the whole network and a linear layer; of random:FILE it is training from scratch
+  features  of every image, into features.pt for code of your own; predict: classes of every image, by the
+            newest head, into predictions.csv
 Frozen means eval mode and not a bit changed, buffers included. No choice sees the test images.
 
 Probe:     python eval_linear.py --backbone runs/simclr/backbone.pt --mode linear
@@ -61,7 +63,7 @@ from tqdm import tqdm
 @dataclass
 class Args:
     backbone: str = "runs/simclr/backbone.pt"  # file, random:FILE (untrained), pixels, resnet50, timm:NAME
-    mode: Literal["linear", "finetune", "knn", "logreg", "features", "predict"] = "linear"  # see above
+    mode: Literal["linear", "finetune", "knn", "logreg", "features", "predict"] = "linear"  # as listed above
     data: str = "demo"  # demo, a folder of images in any layout, or a torchvision data set such as CIFAR10
     labels_csv: str = ""  # file with path,label lines for a flat --data folder, evaluated in 5 folds
     group_pattern: str = ""  # of class folders: a regular expression, its first group in a path is the group
@@ -71,9 +73,11 @@ class Args:
     side: int = 0  # side of the images in pixels; 0: the backbone's
     head: str = ""  # file for --mode predict; default: the newest head of this backbone
     out: str = ""  # folder for the results; default: the backbone's
+
     k: tuple[int, ...] = (20, 200)  # neighbours of k-NN
     feature: Literal["auto", "cls", "mean", "both"] = "auto"  # of ViTs: [CLS], mean patch; auto: the method's
     layers: tuple[int, ...] = (-1,)  # of ViTs: blocks whose features stand side by side (DINO: -4 -3 -2 -1)
+
     epochs: int = 0  # passes over the data (paper: linear 90; finetune 60 at 1 %, 30. 0: 100, finetune 30)
     batch_size: int = 256  # images per step, of all processes together
     base_lr: float = 0.05  # times batch / 256 is the learning rate (paper: of finetune 0.05 in SimCLR)
@@ -90,6 +94,7 @@ class Args:
     mixup: float = 0.0  # finetune: alpha of mixup, half of the batches if cutmix is on too (MAE: 0.8)
     cutmix: float = 0.0  # finetune: alpha of cutmix (MAE: 1.0)
     rand_augment: bool = False  # finetune: torchvision's RandAugment after crop and flip (MAE: timm's)
+
     workers: int = 2  # processes that read images, for each training process
     seed: int = 0  # of all random numbers
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is one

@@ -73,15 +73,18 @@ class Args:
     targets: int = 4  # target blocks of an image (paper: 4)
     target_scale: tuple[float, float] = (0.15, 0.2)  # area of a target block (paper: 0.15 0.2)
     workers: int = 2  # processes that read images, for each training process
+
     arch: Arch = "vit_nano"  # encoder, and its predictor (paper: the last three)
     stop_gradient: bool = True  # without, the trained network is its own target: watch it
     momentum: float = 0.996  # of the moving average (paper: 0.996, rising to 1 as here)
+
     epochs: int = 28  # passes over the data (paper: 300 to 600)
     batch_size: int = 32  # images per step, of all processes together (paper: 2048)
     lr: float = 1e-3  # learning rate (paper: 1e-3)
     weight_decay: float = 0.04  # strength of weight decay (paper: 0.04, not on biases and norms)
     final_weight_decay: float = 0.4  # reached in a cosine (paper: 0.4)
     warmup_epochs: float = 1.0  # linear from 0 (paper: 40)
+
     init: str = ""  # backbone.pt that the encoder starts from, of convert.py or an earlier run
     seed: int = 0  # of all random numbers
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is one

@@ -68,13 +68,16 @@ class Args:
     norm_pix: bool = False  # targets with mean 0 and variance 1 in each patch (paper: on, recommended)
     min_scale: float = 0.2  # smallest area of a crop as a share of the image (paper: 0.2)
     workers: int = 2  # processes that read images, for each training process
+
     arch: Arch = "vit_nano"  # encoder, 128 to 1280 wide; decoder by it (paper: vit_base to vit_huge)
+
     epochs: int = 26  # passes over the data (paper: 800 to 1600)
     batch_size: int = 256  # images per step, of all processes together (paper: 4096)
     micro_batch_size: int = 0  # images per pass and process, 0: all; same gradient, BatchNorm apart
     base_lr: float = 1e-3  # times batch / 256 is the learning rate (paper: 1.5e-4)
     weight_decay: float = 0.05  # strength of weight decay (paper: 0.05, not on biases and norms)
     warmup_epochs: float = 2.0  # linear from 0 (paper: 40)
+
     init: str = ""  # backbone.pt that the encoder starts from, of convert.py or an earlier run
     seed: int = 0  # of all random numbers
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is one

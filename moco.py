@@ -68,6 +68,7 @@ class Args:
     min_scale: float = 0.3  # smallest area of a crop as a share of the image (paper: 0.2)
     blur: float = 0.0  # probability of Gaussian blur (paper: v2 0.5, v1 0)
     workers: int = 2  # processes that read images, for each training process
+
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet18"  # encoder (paper: resnet50)
     stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3, stride 1, no max-pool; 10 x the work
     mlp: bool = True  # a head of two layers, not one (paper: v2 with, v1 without)
@@ -77,12 +78,14 @@ class Args:
     temperature: float = 0.2  # tau (paper: v2 0.2, v1 0.07)
     bn_splits: int = 8  # parts of the whole batch with their own BatchNorm statistics (paper: 8 GPUs)
     negatives: bool = True  # without, only attraction is left and z collapses to a few directions: watch it
+
     epochs: int = 12  # passes over the data (paper: 200 or 800)
     batch_size: int = 128  # images per step, of all processes together (paper: 256)
     base_lr: float = 0.03  # times batch / 256 is the learning rate (paper: 0.03)
     schedule: Literal["cosine", "steps"] = "cosine"  # steps: a tenth from 60 and from 80 % on (paper: v1)
     weight_decay: float = 1e-4  # strength of weight decay (paper: 1e-4, on biases and norms as well)
     warmup_epochs: float = 1.0  # linear from 0 (paper: none)
+
     init: str = ""  # backbone.pt that the encoder starts from, of convert.py or an earlier run
     seed: int = 0  # of all random numbers
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is one

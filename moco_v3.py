@@ -71,16 +71,19 @@ class Args:
     blurs: tuple[float, float] = (0.0, 0.0)  # probability of blur in the first, second view (paper: 1 0.1)
     solarize: float = 0.2  # probability of solarization (paper: 0.2, as here of the second view alone)
     workers: int = 2  # processes that read images, for each training process
+
     arch: Literal["vit_nano", "vit_tiny", "vit_small", "vit_base"] = "vit_nano"  # encoder (paper: last two)
     hidden_dim: int = 512  # hidden layer of projector and predictor (paper: 4096)
     momentum: float = 0.99  # of the moving average (paper: 0.99, rising to 1 as here)
     temperature: float = 0.2  # tau (paper: 0.2)
     negatives: bool = True  # without, only attraction is left and z collapses to a few directions: watch it
+
     epochs: int = 10  # passes over the data (paper: 300)
     batch_size: int = 64  # images per step, of all processes together (paper: 4096)
     base_lr: float = 4e-3  # times batch / 256 is the learning rate (paper: 1.5e-4)
     weight_decay: float = 0.1  # strength of weight decay (paper: 0.1, on biases and norms as well)
     warmup_epochs: float = 1.0  # linear from 0 (paper: 40)
+
     init: str = ""  # backbone.pt that the encoder starts from, of convert.py or an earlier run
     seed: int = 0  # of all random numbers
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is one

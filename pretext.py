@@ -75,13 +75,16 @@ class Args:
     neighbors: int = 5  # colorization: bins that share a pixel's colour (paper: 5, its code 10)
     rebalance: float = 0.5  # colorization: lambda; the lower, the more rare colours count (paper: 0.5)
     workers: int = 2  # processes that read images, for each training process
+
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet18"  # encoder
     stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3, stride 1, no max-pool; 10 x the work
+
     epochs: int = 10  # passes over the data (paper: 14 to 200)
     batch_size: int = 128  # images per step, of all processes together (paper: 40 to 256)
     base_lr: float = 0.03  # times batch / 256 is the learning rate (paper: rotation 0.2, jigsaw 0.01)
     weight_decay: float = 5e-4  # strength of weight decay (paper: rotation and jigsaw 5e-4)
     warmup_epochs: float = 0.5  # linear from 0 (paper: none)
+
     init: str = ""  # backbone.pt that the encoder starts from, of convert.py or an earlier run
     seed: int = 0  # of all random numbers
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is one

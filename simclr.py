@@ -64,12 +64,14 @@ class Args:
     min_scale: float = 0.3  # smallest area of a crop as a share of the image (paper: 0.08)
     blur: float = 0.0  # probability of Gaussian blur (paper: 0.5, on CIFAR 0)
     workers: int = 2  # processes that read images, for each training process
+
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet18"  # encoder (paper: resnet50)
     stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3, stride 1, no max-pool; 10 x the work
     proj_layers: Literal[2, 3] = 2  # linear layers of the projector (v1: 2, v2: 3)
     proj_dim: int = 128  # width of z
     temperature: float = 0.1  # tau (paper: 0.1, on CIFAR 0.5)
     negatives: bool = True  # without, only attraction is left and z collapses to a few directions: watch it
+
     epochs: int = 12  # passes over the data (paper: 100 to 1000)
     batch_size: int = 256  # images per step, of all processes together (paper: 4096)
     micro_batch_size: int = 0  # images per pass and process, 0: all; same gradient, BatchNorm apart
@@ -77,6 +79,7 @@ class Args:
     base_lr: float = 0.025  # times batch / 256 is the learning rate (paper: 0.3)
     weight_decay: float = 1e-4  # strength of weight decay (paper: 1e-6, not on biases and norms)
     warmup_epochs: float = 1.0  # linear from 0 (paper: 10)
+
     init: str = ""  # backbone.pt that the encoder starts from, of convert.py or an earlier run
     seed: int = 0  # of all random numbers
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is one
