@@ -243,7 +243,7 @@ class Forked:
             code = 0
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-            print(stop.code, file=sys.stderr)
+            print(stop.code if isinstance(stop.code, str) else "", end="", file=sys.stderr)
         except BaseException:
             traceback.print_exc()
         sys.stdout.flush(), sys.stderr.flush()
@@ -254,7 +254,8 @@ class Forked:
         for rank, pid in enumerate(self.pids):
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             out, err = ((self.folder / f"{rank}.{name}").read_text() for name in ("out", "err"))
-            result = torch.load(self.folder / f"{rank}.pt", weights_only=False) if code == 0 else None
+            path = self.folder / f"{rank}.pt"
+            result = torch.load(path, weights_only=False) if path.exists() else None
             ends.append(SimpleNamespace(returncode=code, stdout=out, stderr=err, result=result))
         shutil.rmtree(self.folder)
         return ends
