@@ -242,8 +242,10 @@ class Forked:
             torch.save(function(rank), self.folder / f"{rank}.pt")
             code = 0
         except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-            print(stop.code if isinstance(stop.code, str) else "", end="", file=sys.stderr)
+            code = stop.code or 0  # what Python makes of it
+            if not isinstance(code, int):
+                print(code, file=sys.stderr)
+                code = 1
         except BaseException:
             traceback.print_exc()
         sys.stdout.flush(), sys.stderr.flush()
@@ -266,12 +268,3 @@ def in_processes(function, n=2):
     ends = Forked(function, n).end()
     assert not any(end.returncode for end in ends), "\n".join(end.stdout + end.stderr for end in ends)
     return [end.result for end in ends]
-
-
-def run_processes(tmp_path, code, n=2):
-    """Run Python code under torchrun in n processes on the CPU; it must exit with 0."""
-    (tmp_path / "program.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + code)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n]
-    result = run([*launcher, tmp_path / "program.py"], cwd=tmp_path)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result

@@ -2,16 +2,20 @@
 
 import argparse
 import functools
+import importlib
 import pickle
 import re
+import runpy
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
+import open_clip
 import pytest
 import timm
 import torch
 import torchvision
-from conftest import run, tiny_args
+from conftest import load, shaken, tiny_args
 from safetensors.torch import save_file
 from timm.models import VisionTransformer
 from timm.models.beit import Beit
@@ -24,31 +28,32 @@ GATED = {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": torch.nn.SiLU, "mlp
 NO_CLASS = {"class_token": False, "global_pool": "avg", "fc_norm": False}
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-
-
-def shaken(net, by=0.1):
-    """Every weight away from its start, so that no part can be left out unnoticed; statistics too."""
-    with torch.no_grad():
-        for name, tensor in net.state_dict().items():
-            if tensor.is_floating_point():
-                noise = by * torch.randn_like(tensor)
-                tensor.add_(noise.abs() if name.endswith("var") else noise)
-    return net.eval()
+def noisy(net, by=0.1):
+    """Every weight away from its start; of a huge one the first row, many times: a small file."""
+    shaken(net, torch.Generator().manual_seed(0), by)
+    for weight in net.parameters():
+        if weight.numel() > 30_000:
+            weight.data = weight.data[:1].clone().expand(weight.shape)
+    return net
 
 
 def vit(**options):
-    return shaken(VisionTransformer(**NANO | options))
+    return noisy(VisionTransformer(**NANO | options))
 
 
-def resnet(arch="resnet18"):
-    net = shaken(getattr(torchvision.models, arch)(), 0.01)
-    weights = net.state_dict()
-    net.fc = torch.nn.Identity()
-    return weights, net
+def beit_vit(**options):
+    return noisy(Beit(**NANO | {"global_pool": "token"} | options))
+
+
+def headless(net, head="fc"):
+    """The weights of a whole network, and the network without its head."""
+    state = net.state_dict()
+    setattr(net, head, torch.nn.Identity())
+    return state, net
+
+
+def resnet(by=torchvision.models.resnet18):
+    return headless(noisy(by(), 0.01))
 
 
 def under(prefix, part):
@@ -61,503 +66,353 @@ def others(part):
     return {name: value + 1 if isinstance(value, torch.Tensor) else value for name, value in part.items()}
 
 
-def converted(file, path="file.pth", to="backbone.pt", **flags):
-    """backbone.pt of a file, as anyone may load it."""
-    torch.save(file, path)
-    Path(to).unlink(missing_ok=True)
-    convert.convert(convert.Args(path, to, **{"heads": 3} | flags))
-    return torch.load(to, weights_only=True)
-
-
-def refused(words, file, **flags):
-    with pytest.raises(SystemExit, match=words) as stop:
-        converted(file, **flags)
-    assert not [path for path in Path().iterdir() if path.name.startswith("backbone.pt")]
-    return str(stop.value)
-
-
 def network(info):
     net = convert.build_network(info["builder"], info["arch_args"])
     net.load_state_dict(info["state_dict"])
     return net.eval()
 
 
+def converted(file, path="file.pth", to="backbone.pt", **flags):
+    """backbone.pt of a file, as anyone may load it."""
+    torch.save(file, path)
+    Path(to).unlink(missing_ok=True)
+    convert.convert(convert.Args(path, to, **{"heads": 3} | flags))
+    return load(to)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The same without files, and with one network for all files that are of the same one."""
+    built, saved, build = {}, {}, convert.build_network
+
+    def convert_in_memory(file, **flags):
+        monkeypatch.setattr(convert, "read_file", lambda path, run_program: dict(convert.flatten(file)))
+        convert.convert(convert.Args("file.pth", **{"heads": 3} | flags))
+        return saved.pop("info")
+
+    def build_once(*words):
+        return built.get(repr(words)) or built.setdefault(repr(words), build(*words))
+
+    monkeypatch.setattr(convert, "build_network", build_once)
+    monkeypatch.setattr(torch, "save", lambda info, path: saved.update(info=info))
+    monkeypatch.setattr(convert.os, "replace", lambda temporary, path: None)
+    return convert_in_memory
+
+
+def refused(words, file, **flags):
+    with pytest.raises(SystemExit, match=words) as stop:
+        converted(file, **flags)
+    assert "\n" not in str(stop.value) and not list(Path().glob("backbone.pt*"))
+
+
 def same_features(info, theirs, atol=1e-4):
     """Of images of the size that the positions are for."""
     side = info["arch_args"].get("img_size", 64)
-    images = torch.randn(2, 3, side, side)
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         ours = network(info)(images)
         torch.testing.assert_close(ours, theirs.eval()(images), atol=atol, rtol=1e-4)
     assert ours.shape == (2, info["feature_dim"])
 
 
-# Formats: each function makes the tensors of a file, and the published network that they are of
-
-FORMATS = {}
-
-
-def form(method, expected="imagenet", **flags):
-    """Enter a function in FORMATS, with what must come out and the flags that it takes."""
-
-    def enter(make):
-        @functools.cache
-        def made():
-            torch.manual_seed(0)
-            return make()
-
-        FORMATS[make.__name__] = (made, method, expected, flags)
-        return made
-
-    return enter
+# Formats: each function yields kinds of files of a family, the method and statistics that must come out,
+# the file, the published network that it is of, and flags where no tensor tells
 
 
-@form("mae")
-def mae_released():
+def mae():
     net = vit()
     net.pos_embed.data[:, 0] = 0  # as in all of its files: [CLS] has no position
-    return net.state_dict(), net
-
-
-@form("mae")
-def mae_training():
+    yield "released", "mae imagenet", net.state_dict(), net
     net = vit()
     decoder = {"mask_token": torch.ones(1, 1, 48), "decoder_pos_embed": torch.ones(1, 17, 16)}
     decoder |= {"decoder_embed.weight": torch.ones(16, 48), "decoder_blocks.0.norm1.bias": torch.ones(16)}
-    return net.state_dict() | decoder, net
+    yield "training", "mae imagenet", net.state_dict() | decoder, net
 
 
-@form("timm", statistics="imagenet")
-def dino_backbone():
+def dino():
     net = vit()
-    return net.state_dict(), net
-
-
-@form("dino")
-def dino_full():
-    teacher = vit()
+    state = net.state_dict()
+    yield "backbone", "timm imagenet", state, net, {"statistics": "imagenet"}
     head = {"head.mlp.0.weight": torch.ones(8, 48), "head.last_layer.weight_g": torch.ones(4, 1)}
-    state = under("backbone.", teacher.state_dict()) | head
-    file = {"teacher": state, "student": under("module.", others(state)), "epoch": 100}
+    teacher = under("backbone.", state) | head
+    file = {"teacher": teacher, "student": under("module.", others(teacher)), "epoch": 100}
     file |= {"dino_loss": {"center": torch.ones(1, 4)}, "args": argparse.Namespace(arch="vit_small", lr=1.0)}
-    return file, teacher
-
-
-@form("dino")
-def dino_resnet():
+    yield "full", "dino imagenet", file, net
     state, net = resnet()
-    state = under("module.backbone.", state | {"prototypes.weight": torch.ones(9, 4)}) | {
-        "module.head.mlp.0.weight": torch.ones(8, 512)
-    }
-    return {"student": others(state), "teacher": state}, net
+    head = {"module.backbone.prototypes.weight": torch.ones(9, 4), "module.head.mlp.0.weight": torch.ones(8)}
+    teacher = under("module.backbone.", state) | head
+    yield "resnet", "dino imagenet", {"student": others(teacher), "teacher": teacher}, net
 
 
-@form("dinov2")
-def dinov2_released():
+def dinov2():
     net = vit(init_values=1.0)
-    return net.state_dict() | {"mask_token": torch.zeros(1, 48)}, net
-
-
-@form("dinov2")
-def dinov2_giant():
-    """With registers and SwiGLU."""
+    released = net.state_dict() | {"mask_token": torch.zeros(1, 48)}
+    yield "released", "dinov2 imagenet", released, net
+    chunks = {re.sub(r"^blocks\.(\d+)", r"blocks.\1.\1", name): tensor for name, tensor in released.items()}
+    teacher = under("backbone.", chunks) | {"dino_head.mlp.0.weight": torch.ones(8, 48)}
+    yield "training", "dinov2 imagenet", {"teacher": teacher}, net
     net = vit(init_values=1.0, reg_tokens=4, no_embed_class=True, **GATED)
     state = net.state_dict()
-    released = {name.replace("fc1", "w12").replace("fc2", "w3"): tensor for name, tensor in state.items()}
+    giant = {name.replace("fc1", "w12").replace("fc2", "w3"): tensor for name, tensor in state.items()}
     first = torch.randn(1, 1, 48)  # the position of [CLS], which timm adds to the token
-    released["register_tokens"] = released.pop("reg_token")
-    released["cls_token"] = state["cls_token"] - first
-    released["pos_embed"] = torch.cat([first, state["pos_embed"]], dim=1)
-    return released | {"mask_token": torch.zeros(1, 48)}, net
+    giant["register_tokens"] = giant.pop("reg_token")
+    giant["cls_token"] = state["cls_token"] - first
+    giant["pos_embed"] = torch.cat([first, state["pos_embed"]], dim=1)
+    yield "giant", "dinov2 imagenet", giant | {"mask_token": torch.zeros(1, 48)}, net
 
 
-@form("dinov2")
-def dinov2_training():
-    state, net = dinov2_released()
-    chunks = {re.sub(r"^blocks\.(\d+)", r"blocks.\1.\1", name): tensor for name, tensor in state.items()}
-    teacher = under("backbone.", chunks) | {"dino_head.mlp.0.weight": torch.ones(8, 48)}
-    return {"teacher": teacher}, net
+def moco_v1_v2():
+    for version, mlp in (("v1", False), ("v2", True)):
+        model = noisy(moco.MoCo("resnet18", queue_size=16, mlp=mlp), 0.01)
+        state = under("module.", model.state_dict())
+        model.encoder_q.fc = torch.nn.Identity()
+        file = {"epoch": 200, "arch": "resnet18", "state_dict": state}
+        yield version, "moco imagenet", file, model.encoder_q
 
 
-@form("moco")
-def moco_v1():
-    model = shaken(moco.MoCo("resnet18", queue_size=16, mlp=False), 0.01)
-    state = under("module.", model.state_dict())
-    model.encoder_q.fc = torch.nn.Identity()
-    return {"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": {}}, model.encoder_q
-
-
-@form("moco")
-def moco_v2():
-    model = shaken(moco.MoCo("resnet18", queue_size=16, mlp=True), 0.01)
-    state = under("module.", model.state_dict())
-    model.encoder_q.fc = torch.nn.Identity()
-    return {"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": {}}, model.encoder_q
-
-
-@form("moco_v3")
-def moco_v3_vit():
+def moco_v3():
     net = vit()
     net.pos_embed.data[:, 0] = 0
     state = net.state_dict() | {"head.0.weight": torch.ones(8, 48), "head.1.running_mean": torch.ones(8)}
     file = under("module.base_encoder.", state) | under("module.momentum_encoder.", others(state))
-    return {"arch": "vit_small", "state_dict": file | {"module.predictor.0.weight": torch.ones(1)}}, net
-
-
-@form("moco_v3")
-def moco_v3_resnet():
+    file |= {"module.predictor.0.weight": torch.ones(1)}
+    yield "vit", "moco_v3 imagenet", {"arch": "vit_small", "state_dict": file}, net
     state, net = resnet()
     state["fc.1.running_mean"] = torch.ones(4)
     file = under("module.momentum_encoder.", others(state)) | under("module.base_encoder.", state)
-    return {"state_dict": file}, net
+    yield "resnet", "moco_v3 imagenet", {"state_dict": file}, net
 
 
-def beit(**options):
-    return shaken(Beit(**NANO | {"global_pool": "token"} | options))
-
-
-@form("beit", "half")
-def beit_shared_table():
-    net = beit(use_abs_pos_emb=False, use_shared_rel_pos_bias=True, init_values=0.1)
-    more = {"mask_token": torch.ones(1, 1, 48), "lm_head.weight": torch.ones(9, 48)}
-    index = {"rel_pos_bias.relative_position_index": torch.zeros(17, 17, dtype=torch.long)}
-    return net.state_dict() | more | index, net
-
-
-@form("beit", "half")
-def beit_tables_of_blocks():
-    net = beit(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)
+def beit():
     index = torch.zeros(17, 17, dtype=torch.long)
-    return net.state_dict() | {"blocks.0.attn.relative_position_index": index}, net
+    net = beit_vit(use_abs_pos_emb=False, use_shared_rel_pos_bias=True, init_values=0.1)
+    more = {"mask_token": torch.ones(1, 1, 48), "lm_head.weight": torch.ones(9, 48)}
+    more |= {"rel_pos_bias.relative_position_index": index}
+    yield "shared table", "beit half", net.state_dict() | more, net
+    net = beit_vit(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)
+    more = {"blocks.0.attn.relative_position_index": index}
+    yield "tables of blocks", "beit half", net.state_dict() | more, net
+    net = beit_vit()  # the released file of 800 epochs: absolute positions, no tables, no layer scale
+    yield "of ImageNet-1k", "beit imagenet", net.state_dict(), net
 
 
-@form("beit")
-def beit_of_imagenet_1k():
-    """The released file of 800 epochs: absolute positions, no tables, no layer scale."""
-    net = beit()
-    return net.state_dict(), net
-
-
-@form("ijepa")
 def ijepa():
-    target = vit(**NO_CLASS)
-    file = {"target_encoder": under("module.", target.state_dict()), "epoch": 300}
-    predictor = {"module.predictor_pos_embed": torch.ones(1, 16, 8)}
-    return {"encoder": others(file["target_encoder"]), "predictor": predictor} | file, target
+    net = vit(**NO_CLASS)
+    target = under("module.", net.state_dict())
+    file = {"encoder": others(target), "target_encoder": target, "epoch": 300}
+    file |= {"predictor": {"module.predictor_pos_embed": torch.ones(1, 16, 8)}}
+    yield "training", "ijepa imagenet", file, net
 
 
-def clip(quick_gelu):
-    import open_clip
-
+def open_clip_model(quick_gelu):
     vision = {"image_size": 32, "patch_size": 8, "width": 48, "layers": 2, "head_width": 16}
     text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
-    net = shaken(open_clip.CLIP(24, vision, text, quick_gelu=quick_gelu))
+    net = noisy(open_clip.CLIP(24, vision, text, quick_gelu=quick_gelu))
     state = net.state_dict()
     net.visual.proj = None  # features before the projection
     return state, net.visual
 
 
-@form("clip", "clip")
-def clip_of_openai():
-    state, net = clip(True)
-    return state | {"input_resolution": torch.tensor(32), "context_length": torch.tensor(8)}, net
-
-
-@form("clip", "clip", activation="quick_gelu")
-def clip_without_sizes():
-    return clip(True)
-
-
-@form("clip", "clip", activation="gelu")
-def clip_of_open_clip():
-    return clip(False)
-
-
-@form("clip", "clip", activation="quick_gelu")
-def clip_of_timm():
+def clip():
+    state, net = open_clip_model(True)
+    sizes = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(8)}
+    yield "of OpenAI", "clip clip", state | sizes, net
+    yield "without sizes", "clip clip", state, net, {"activation": "quick_gelu"}
+    yield "of open_clip", "clip clip", *open_clip_model(False), {"activation": "gelu"}
     eps = functools.partial(torch.nn.LayerNorm, eps=1e-5)
     net = vit(pre_norm=True, norm_layer=eps, act_layer="quick_gelu", num_classes=8)
-    state = net.state_dict()
-    net.head = torch.nn.Identity()
-    return state, net
+    yield "of timm", "clip clip", *headless(net, "head"), {"activation": "quick_gelu"}
 
 
-@form("timm", "half", statistics="half")
-def timm_with_head():
-    net = vit(num_classes=10)
-    state = net.state_dict()
-    net.head = torch.nn.Identity()
-    return state, net
-
-
-@form("timm", "half", statistics="half")
-def timm_with_registers():
+def of_timm():
+    half = {"statistics": "half"}
+    yield "with head", "timm half", *headless(vit(num_classes=10), "head"), half
     net = vit(init_values=1.0, reg_tokens=2, **GATED)  # here [CLS] and registers have positions
-    return net.state_dict(), net
-
-
-@form("timm", "half", statistics="half")
-def timm_without_class():
+    yield "with registers", "timm half", net.state_dict(), net, half
     net = vit(mlp_ratio=3.0, **NO_CLASS)
-    return net.state_dict(), net
+    yield "without class", "timm half", net.state_dict(), net, half
+    yield "resnet", "resnet imagenet", *resnet(lambda: timm.create_model("resnet18"))
 
 
-@form("torchvision")
-def torchvision_vit():
+def of_torchvision():
     sizes = {"num_layers": 2, "num_heads": 3, "hidden_dim": 48, "mlp_dim": 192}
-    net = shaken(torchvision.models.VisionTransformer(image_size=32, patch_size=8, **sizes))
-    state = net.state_dict()
-    net.heads = torch.nn.Identity()
-    return state, net
-
-
-@form("torchvision")
-def torchvision_vit_of_older_versions():
-    state, net = torchvision_vit()
+    net = noisy(torchvision.models.VisionTransformer(image_size=32, patch_size=8, **sizes))
+    state, net = headless(net, "heads")
+    yield "vit", "torchvision imagenet", state, net
     spelt = {"mlp.0": "mlp.linear_1", "mlp.3": "mlp.linear_2"}
     older = {re.sub(r"mlp\.[03]", lambda found: spelt[found[0]], name): state[name] for name in state}
-    assert older.keys() != state.keys()
-    return older, net
-
-
-@form("resnet")
-def torchvision_resnet():
-    return resnet()
-
-
-@form("resnet")
-def resnet_of_older_versions():
+    yield "vit of older versions", "torchvision imagenet", older, net
     state, net = resnet()
-    return {name: tensor for name, tensor in state.items() if "num_batches" not in name}, net
+    yield "resnet", "resnet imagenet", state, net
+    older = {name: tensor for name, tensor in state.items() if "num_batches" not in name}
+    yield "resnet of older versions", "resnet imagenet", older, net
 
 
-@form("resnet")
-def resnet_of_timm():
-    net = shaken(timm.create_model("resnet18"), 0.01)
-    state = net.state_dict()
-    net.fc = torch.nn.Identity()
-    return state, net
-
-
-@form("resnet")
-def resnet_for_small_images():
-    state, net = resnet()
+def of_lightly():
+    net = resnet()[1]
+    sequential = torch.nn.Sequential(*list(net.children())[:-1], torch.nn.Flatten())
+    yield "sequential", "resnet imagenet", sequential.state_dict(), sequential
     net.conv1 = torch.nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
     net.maxpool = torch.nn.Identity()
-    return state | {"conv1.weight": net.conv1.weight.detach()}, net
+    yield "small images", "resnet imagenet", net.state_dict(), net
 
 
-@form("resnet")
-def resnet_of_lightly():
-    _, net = resnet()
-    sequential = torch.nn.Sequential(*list(net.children())[:-1], torch.nn.Flatten())
-    return sequential.state_dict(), sequential
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_features_are_those_of_the_published_code(name):
-    make, method, statistics, flags = FORMATS[name]
-    file, theirs = make()
-    info = converted(file, **flags)
-    same_features(info, theirs)
-    assert info["method"] == method
-    assert (tuple(info["mean"]), tuple(info["std"])) == convert.STATISTICS[statistics]
-    is_resnet = "stem" in info["arch_args"]
-    assert info["image_size"] == (224 if is_resnet and "small" not in name else 32)
-    assert info["arch"] == ("resnet18" if is_resnet else "vit")
-    for tensor_name, tensor in info["state_dict"].items():
-        assert type(tensor) is torch.Tensor
-        assert tensor.dtype == torch.float32 or tensor_name.endswith("num_batches_tracked")
-
-
-def trained_alone(state):
-    """What DistributedDataParallel and torch.compile leave, with the rest of a training."""
-    state = under("module.", state)
-    optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1.0, "params": [0]}]}
-    return {"model": state, "optimizer": optimizer, "epoch": 3, "args": argparse.Namespace(lr=1.0)}
-
-
-WRAPPERS = {
-    "state_dict": lambda state: {"state_dict": state},
-    "model": lambda state: {"model": state},
-    "training": trained_alone,
-    "lightning": lambda state: {"state_dict": under("model.backbone.", state), "epoch": 1, "loops": {}},
-    "student and teacher": lambda state: under("student.", others(state)) | under("teacher.", state),
-    "teacher and student": lambda state: {
-        "teacher": under("backbone.", state),
-        "student": under("module.backbone.", others(state)),
-    },
-    "key and query": lambda state: {
-        "state_dict": under("encoder_k.", others(state)) | under("encoder_q.", state),
-        "queue": torch.ones(4, 4),
-    },
-    "online and target": lambda state: (
-        under("online_encoder.net.", state)
-        | under("target_encoder.net.", others(state))
-        | {"online_predictor.net.0.weight": torch.ones(2, 2)}
-    ),
-    "lightly's momentum": lambda state: (
-        under("backbone_momentum.", others(state))
-        | under("backbone.", state)
-        | {"projection_head.layers.0.weight": torch.ones(2, 2)}
-    ),
-    "lightly's DINO": lambda state: (
-        under("student_backbone.", others(state)) | under("teacher_backbone.", state)
-    ),
-}
-PREFIXES = """module. _orig_mod. _orig_mod.module. backbone. module.backbone. encoder. module.encoder.
-online_encoder.net.""".split()
-WRAPPERS |= {prefix: functools.partial(under, prefix) for prefix in PREFIXES}
-
-
-# a pair in the same pair, which nothing writes: four networks
-PAIRS = ("student and teacher", "teacher and student", "lightly's DINO")
-UNCLEAR = {(name, pair) for name in ("dino_full", "dino_resnet", "dinov2_training") for pair in PAIRS}
-UNCLEAR |= {(name, "key and query") for name in ("moco_v1", "moco_v2")}
-
-
-def thin(part):
-    """The same names and shapes in small files: a large tensor is one number, many times."""
-    thinned = {}
-    for name, value in part.items():
-        if isinstance(value, dict):
-            value = thin(value)
-        elif isinstance(value, torch.Tensor) and value.numel() > 1000:
-            value = value.flatten()[:1].clone().expand(value.shape)
-        thinned[name] = value
-    return thinned
+FAMILIES = (mae, dino, dinov2, moco_v1_v2, moco_v3, beit, ijepa, clip, of_timm, of_torchvision, of_lightly)
+each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
 
 
 @functools.cache
-def alone(name):
-    """backbone.pt of a file without anything around."""
-    make, _, _, flags = FORMATS[name]
-    return converted(thin(make()[0]), **flags)
+def kinds(family):
+    """{kind: what must come out, file, network, flags}"""
+    torch.manual_seed(0)
+    return {kind: (*rest, {})[:4] for kind, *rest in family()}
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("name", FORMATS)
-def test_any_wrapper_is_looked_through(name, wrapper):
-    make, _, _, flags = FORMATS[name]
-    expected = alone(name)
-    file = thin(WRAPPERS[wrapper](make()[0]))
-    if (name, wrapper) in UNCLEAR:
-        refused("known networks: .*; --prefix must choose one", file, **flags)
-        return
-    info = converted(file, **flags)
-    assert (info["builder"], info["arch_args"]) == (expected["builder"], expected["arch_args"])
-    assert info["state_dict"].keys() == expected["state_dict"].keys()
-    assert all(torch.equal(info["state_dict"][k], expected["state_dict"][k]) for k in info["state_dict"])
-    assert info["mean"] == expected["mean"]
+@each_family
+def test_features_are_those_of_the_published_code(family):
+    for kind, (expected, file, theirs, flags) in kinds(family).items():
+        info = converted(file, **flags)
+        same_features(info, theirs)
+        method, statistics = expected.split()
+        assert info["method"] == method
+        assert (tuple(info["mean"]), tuple(info["std"])) == convert.STATISTICS[statistics]
+        is_resnet = "stem" in info["arch_args"]
+        assert info["image_size"] == (224 if is_resnet and kind != "small images" else 32)
+        assert info["arch"] == ("resnet18" if is_resnet else "vit")
+        for name, tensor in info["state_dict"].items():
+            assert type(tensor) is torch.Tensor
+            assert tensor.dtype == torch.float32 or name.endswith("num_batches_tracked")
 
 
-RESNETS = "resnet18 resnet34 resnet50 resnet101 resnet152 wide_resnet50_2 wide_resnet101_2".split()
+# what stands before the names of the encoder, or of the better of two and of the other
+WRAPPERS = """state_dict. model. model.module. module. _orig_mod. _orig_mod.module. backbone. module.backbone.
+encoder. module.encoder. state_dict.model.backbone. online_encoder.net. teacher.|student.
+teacher.backbone.|student.module.backbone. teacher_backbone.|student_backbone. backbone.|backbone_momentum.
+state_dict.encoder_q.|state_dict.encoder_k. online_encoder.net.|target_encoder.net.""".split()
+BESIDE = {"queue": torch.ones(4, 4), "online_predictor.net.0.weight": torch.ones(2, 2), "epoch": 3}
+BESIDE |= {"projection_head.layers.0.weight": torch.ones(2), "optimizer": {"state": {0: torch.ones(3)}}}
+# a pair in the same pair, which nothing writes: four networks
+UNCLEAR = {"dino full": "teacher", "dino resnet": "teacher", "dinov2 training": "teacher"}
+UNCLEAR |= {"moco_v1_v2 v1": "encoder_q", "moco_v1_v2 v2": "encoder_q"}
 
 
-@pytest.mark.parametrize("name", RESNETS)
-def test_every_resnet_is_known_by_its_convolutions(name):
+@each_family
+def test_any_wrapper_is_looked_through(family, quick):
+    for kind, (_, file, _, flags) in kinds(family).items():
+        expected = quick(file, **flags)
+        for wrapper in WRAPPERS:
+            better, _, other = wrapper.partition("|")
+            wrapped = BESIDE | (under(other, others(file)) if other else {}) | under(better, file)
+            if other and UNCLEAR.get(f"{family.__name__} {kind}", " ") in better:
+                with pytest.raises(SystemExit, match="known networks: .*; --prefix must choose one"):
+                    quick(wrapped, **flags)
+                continue
+            info = quick(wrapped, **flags)
+            for key in ("builder", "arch_args", "mean"):
+                assert info[key] == expected[key], (kind, wrapper)
+            assert info["state_dict"].keys() == expected["state_dict"].keys()
+            for name, tensor in info["state_dict"].items():
+                same = expected["state_dict"][name]
+                assert tensor.data_ptr() == same.data_ptr() or torch.equal(tensor, same), (kind, wrapper)
+
+
+def test_every_resnet_is_known_by_its_convolutions(quick):
+    for arch in "resnet18 resnet34 resnet50 resnet101 resnet152 wide_resnet50_2 wide_resnet101_2".split():
+        with torch.device("meta"):
+            net = getattr(torchvision.models, arch)()
+        info = quick(net.state_dict())
+        assert (info["arch"], info["feature_dim"]) == (info["arch_args"]["arch"], net.fc.in_features)
+        assert info["arch"] == arch
+
+
+SIZES = [(384, 12, 6), (768, 12, 12), (1024, 24, 16), (1280, 32, 16), (1408, 40, 16), (1536, 40, 24)]
+
+
+@pytest.mark.parametrize("width, depth, heads", SIZES)
+def test_heads_of_the_published_sizes(width, depth, heads):
+    sizes = {"embed_dim": width, "depth": depth, "num_heads": heads, "num_classes": 0}
     with torch.device("meta"):
-        net = getattr(torchvision.models, name)()
-    _, arch, arch_args, _, width = convert.describe_resnet(net.state_dict(), "", None)
-    assert (arch, arch_args["arch"], width) == (name, name, net.fc.in_features)
+        state = VisionTransformer(patch_size=16, **sizes).state_dict()
+
+    def published(method, given=0, state=state):
+        _, arch, arch_args, size, _ = convert.describe_vit(state, method, convert.Args("x", heads=given))
+        assert (arch, size) == (convert.VITS[width, depth][0], 224)
+        return arch_args["num_heads"]
+
+    for method in ("dino", "dinov2", "beit", "ijepa", "torchvision", "timm"):
+        assert published(method) == published(method, given=heads) == heads
+    assert published("clip") == min(width // 64, 16)  # OpenAI's B, L; open_clip's H, g
+    assert published("timm", given=8) == 8
+    refusals = [("dino", 2, heads, state)]
+    refusals += [("clip", 8, 16, state)] if width == 1024 else []
+    if width == 384:
+        assert published("moco_v3") == 12
+        refusals += [("moco_v3", 6, 12, state)]
+        refusals += [("mae", 0, "a divisor of it", state)]  # published none; MoCo v3's looks like it
+    last = f"blocks.{depth - 1}."
+    shallow = {name: tensor for name, tensor in state.items() if not name.startswith(last)}
+    for method, given, words, part in [*refusals, ("dino", 0, "a divisor of it", shallow)]:
+        with pytest.raises(SystemExit, match=f"--heads {given}: {method} of width {width} must have {words}"):
+            published(method, given, part)
 
 
-def test_features_of_a_resnet50():
-    state, net = resnet("resnet50")
-    same_features(converted({"state_dict": state}), net, atol=1e-3)
+# What no family says alone: names, sizes, precision, prefixes
 
 
-def test_names_of_files_decide_nothing():
-    """timm's DINOv2 in a file called so, and DINO under any name, come out by what is in them."""
+def test_names_of_files_and_prefixes_decide_nothing():
+    """A ViT is not DINOv2's, DINO's or MoCo's because its file or what holds it is called so."""
+    no_tensor = "no tensor tells --statistics: imagenet .* or half"
     net = vit(init_values=1.0, reg_tokens=4, no_embed_class=True)
-    refused("no tensor tells --statistics: imagenet .* or half", net.state_dict(), path="dinov2reg.pth")
+    refused(no_tensor, net.state_dict(), path="dinov2reg.pth")
     info = converted(net.state_dict(), path="dinov2reg.pth", statistics="imagenet")
     same_features(info, net)
     assert (info["method"], info["arch_args"]["reg_tokens"]) == ("timm", 4)
-    full, teacher = dino_full()
-    for path in ("mae.pth", "clip.ckpt", "moco_v3.pt"):
-        info = converted(full, path=path)
-        same_features(info, teacher)
-        assert info["method"] == "dino"
-    refused(
-        "no tensor tells --statistics: imagenet .* or half", dino_backbone()[0], path="dino_vitbase16.pth"
-    )
+    _, full, teacher, _ = kinds(dino)["full"]
+    info = converted(full, path="moco_v3.pt")
+    same_features(info, teacher)
+    assert info["method"] == "dino"
+
+    state = vit().state_dict()
+    for prefix in ("", "encoder_q.", "base_encoder."):  # MoCo v3 would silently give a small ViT 12 heads
+        refused(no_tensor, under(prefix, state), path="dino_vitbase16.pth")
+        assert converted(under(prefix, state), statistics="half")["method"] == "timm"
+    state["pos_embed"] = state["pos_embed"].clone()
+    state["pos_embed"][:, 0] = 0  # which has fixed positions, and none of [CLS]
+    assert converted(under("base_encoder.", state))["method"] == "moco_v3"
 
 
 def test_positions_are_never_resampled():
     """DINOv2 keeps its 37 x 37 positions, and is evaluated at 224 pixels; other methods at their own size."""
-    options = {"img_size": 518, "patch_size": 14, "depth": 1}
-    net = vit(**options, init_values=1.0)
-    info = converted(net.state_dict() | {"mask_token": torch.zeros(1, 48)})
+    options = {"patch_size": 14, "depth": 1, "init_values": 1.0}
+    mask = {"mask_token": torch.zeros(1, 48)}
+    state = vit(**options, img_size=518).state_dict()
+    info = converted(state | mask)
     assert (info["image_size"], info["arch_args"]["img_size"]) == (224, 518)
-    assert torch.equal(info["state_dict"]["pos_embed"], net.pos_embed)
-    same_features(info, net)
-    info = converted(net.state_dict(), statistics="half")
+    assert torch.equal(info["state_dict"]["pos_embed"], state["pos_embed"])
+    info = converted(state, statistics="half")
     assert (info["method"], info["image_size"]) == ("timm", 518)
-    smaller = vit(img_size=224, patch_size=14, depth=1, init_values=1.0).state_dict()
-    assert converted(smaller | {"mask_token": torch.zeros(1, 48)})["image_size"] == 224
+    assert converted(vit(**options, img_size=224).state_dict() | mask)["image_size"] == 224
 
 
 def test_half_precision_becomes_float32():
     """As OpenAI's files are."""
-    state, net = clip_of_openai()
+    _, state, net, _ = kinds(clip)["of OpenAI"]
     for dtype in (torch.float16, torch.bfloat16):
         info = converted({name: tensor.to(dtype) for name, tensor in state.items()})
         assert {tensor.dtype for tensor in info["state_dict"].values()} == {torch.float32}
         same_features(info, net, atol=0.05)
 
 
-def test_safetensors():
-    state, net = torchvision_vit()
-    save_file(state, "vit.safetensors")
-    convert.convert(convert.Args("vit.safetensors", heads=3))
-    same_features(torch.load("backbone.pt", weights_only=True), net)
-
-
-class Archive(torch.nn.Module):
-    """What CLIP's official files are: a traced program with three numbers."""
-
-    def __init__(self, visual):
-        super().__init__()
-        self.visual = visual
-        self.register_buffer("input_resolution", torch.tensor(32))
-
-    def forward(self, images):
-        return self.visual(images)
-
-
-def test_a_program_is_loaded_only_with_a_flag_of_its_own(capsys):
-    _, visual = clip(True)
-    torch.jit.trace(Archive(visual).eval(), torch.randn(1, 3, 32, 32)).save("clip.pt")
-    with pytest.raises(SystemExit, match="clip.pt: is a program .TorchScript.*--run-program.*trust its auth"):
-        convert.convert(convert.Args("clip.pt", heads=3))
-    assert not Path("backbone.pt").exists()
-    convert.convert(convert.Args("clip.pt", heads=3, run_program=True))
-    info = torch.load("backbone.pt", weights_only=True)
-    same_features(info, visual)
-    assert info["arch_args"]["norm_eps"] == visual.transformer.resblocks[1].ln_1.eps == 1e-5
-    assert info["arch_args"]["act_layer"] == "quick_gelu"
-
-
-def test_the_command_says_what_it_found():
-    torch.save(dino_full()[0], "full.pth")
-    result = run([sys.executable, convert.__file__, "full.pth", "--heads", 3, "--to", "dino.pt"])
-    words = "full.pth: dino under 'teacher.backbone.', vit .*'num_heads': 3.*, 30 tensors, 32 px, imagenet"
-    assert result.returncode == 0 and re.match(words, result.stdout), result.stdout + result.stderr
-    assert result.stdout.endswith("-> dino.pt\n") and result.stdout.count("\n") == 1
-    assert {path.name for path in Path().iterdir()} == {"full.pth", "dino.pt"}
-
-
-# Several networks in a file
+def test_heads_of_beit_are_in_its_tables():
+    _, state, _, _ = kinds(beit)["shared table"]
+    assert converted(state, heads=0)["arch_args"]["num_heads"] == 3
+    refused("--heads 4: beit of width 48 must have 3", state, heads=4)
 
 
 def test_prefix_chooses():
-    full, teacher = dino_full()
+    _, full, teacher, _ = kinds(dino)["full"]
     student = vit()
-    full = {"teacher": full["teacher"]}
-    full["student"] = {
-        name.replace("x.", ""): t for name, t in under("module.backbone.", student.state_dict()).items()
-    }
+    full = {"teacher": full["teacher"], "student": under("module.backbone.", student.state_dict())}
     same_features(converted(full), teacher)
     for prefix in ("student", "student.", "student.module", "module.backbone", "student.module.backbone."):
         same_features(converted(full, prefix=prefix), student)
@@ -565,10 +420,9 @@ def test_prefix_chooses():
     same_features(converted(full, prefix="backbone"), teacher)  # of both the one that the paper evaluates
     for prefix in ("stud", "encoder", "backbone.student"):
         refused("'student.module.backbone.', 'teacher.backbone.'.; --prefix must", full, prefix=prefix)
-    file, target = ijepa()
-    info = converted(file, prefix="encoder", statistics="imagenet")
-    expected = others(network(converted(file)).state_dict())
-    assert all(torch.equal(expected[name], info["state_dict"][name]) for name in expected)
+    _, file, _, _ = kinds(ijepa)["training"]
+    chosen = converted(file, prefix="encoder", statistics="imagenet")["state_dict"]
+    assert all(torch.equal(file["encoder"][f"module.{name}"], chosen[name]) for name in chosen)
 
 
 def test_networks_that_nothing_ranks_are_refused():
@@ -586,119 +440,66 @@ def test_networks_that_nothing_ranks_are_refused():
 # What is refused
 
 
-def test_what_is_not_complete_is_refused():
-    state = mae_training()[0]
-    some = {name: t for name, t in state.items() if name not in ("blocks.1.mlp.fc2.bias", "norm.weight")}
-    said = refused("file.pth: .* does not fill a network: .*Missing key.*norm.weight", {"model": some})
-    assert "blocks.1.mlp.fc2.bias" in said and "\n" not in said
-    refused("Unexpected key.*norms.weight", {"model": state | {"norms.weight": torch.ones(48)}})
-    scaled = state | {"blocks.1.ls1.gamma": torch.ones(48)}
-    refused("Missing key.*blocks.0.ls1.gamma.*blocks.0.ls2.gamma.*blocks.1.ls2.gamma", {"model": scaled})
-    short = state | {"blocks.0.attn.qkv.bias": torch.ones(47)}
-    refused("size mismatch for blocks.0.attn.qkv.bias", {"model": short})
-    refused("size mismatch for pos_embed", {"model": state | {"pos_embed": torch.ones(1, 19, 48)}})
-    refused("does not fill .*'pos_embed'", {"model": {k: v for k, v in state.items() if k != "pos_embed"}})
-    oblong = state | {"patch_embed.proj.weight": torch.ones(48, 3, 4, 8)}
-    refused("size mismatch for patch_embed.proj.weight", {"model": oblong})
-    gray = state | {"patch_embed.proj.weight": torch.ones(48, 1, 8, 8)}
-    refused("size mismatch for patch_embed.proj.weight", {"model": gray})
+def vits():
+    _, state, _, _ = kinds(mae)["training"]
+
+    def but(name, *shape):
+        return {"model": state | {name: torch.ones(shape)}}
+
+    for name in ("norm.weight", "blocks.1.mlp.fc2.bias", "pos_embed"):
+        some = {"model": {key: tensor for key, tensor in state.items() if key != name}}
+        yield f"file.pth: .* does not fill a network: .*{name}", some
+    yield "Unexpected key.*norms.weight", but("norms.weight", 48)
+    yield (
+        "Missing key.*blocks.0.ls1.gamma.*blocks.0.ls2.gamma.*blocks.1.ls2.gamma",
+        but("blocks.1.ls1.gamma", 48),
+    )
+    yield "size mismatch for blocks.0.attn.qkv.bias", but("blocks.0.attn.qkv.bias", 47)
+    yield "size mismatch for pos_embed", but("pos_embed", 1, 19, 48)
+    for oblong_or_gray in ((48, 3, 4, 8), (48, 1, 8, 8)):
+        yield "size mismatch for patch_embed.proj", but("patch_embed.proj.weight", *oblong_or_gray)
     for heads in (0, 5, -3):
-        refused(f"--heads {heads}: mae of width 48 must have a divisor of it", {"model": state}, heads=heads)
+        yield f"--heads {heads}: mae of width 48 must have a divisor of it", state, {"heads": heads}
 
 
-def test_incomplete_resnets_are_refused():
-    state, _ = resnet()
-    some = {name: tensor for name, tensor in state.items() if name != "layer4.1.bn2.running_var"}
-    refused("Missing key.*layer4.1.bn2.running_var", some)
-    some = {name: tensor for name, tensor in state.items() if name != "layer4.1.conv2.weight"}
-    refused("has no attribute 'resnet17'", some)
-    refused("Unexpected key.*layer1.0.se.weight", state | {"layer1.0.se.weight": torch.ones(1)})
+def resnets():
+    _, state, _, _ = kinds(of_torchvision)["resnet"]
+    for name, words in (("bn2.running_var", "Missing key.*"), ("conv2.weight", "no attribute 'resnet17'")):
+        yield words, {key: tensor for key, tensor in state.items() if key != f"layer4.1.{name}"}
+    yield "Unexpected key.*layer1.0.se.weight", state | {"layer1.0.se.weight": torch.ones(1)}
     with torch.device("meta"):
         grouped = torchvision.models.resnext50_32x4d().state_dict()
-    refused("size mismatch", {name: torch.zeros(()).expand(tensor.shape) for name, tensor in grouped.items()})
+    yield "size mismatch", {name: torch.zeros(()).expand(tensor.shape) for name, tensor in grouped.items()}
 
 
-def test_guesses_that_would_be_wrong_are_refused():
-    """Parts and networks that features would silently be wrong with."""
-    state = timm_with_head()[0]
-    for name, shape in (("attn.logit_scale", (3,)), ("norm3.weight", (48,)), ("attn.v_bias", (48,))):
-        more = {f"blocks.{i}.{name}": torch.ones(shape) for i in range(2)}
-        refused(f"Unexpected key.*blocks.0.{name}.*blocks.1.{name}", state | more, statistics="half")
-    refused("no tensor tells --activation: quick_gelu .OpenAI.* or gelu .open_clip", clip(True)[0])
-    for names in ("attn.q_bias", "ls1.gamma"):  # parts of several families in one network
-        mixed = ijepa()[0]["target_encoder"] | {
-            f"module.blocks.{i}.{names}": torch.ones(48) for i in range(2)
-        }
-        refused("does not fill a network", mixed)
+def wrong_guesses():
+    _, state, _, half = kinds(of_timm)["with head"]
+    for name, width in (("attn.logit_scale", 3), ("norm3.weight", 48), ("attn.v_bias", 48)):
+        more = {f"blocks.{i}.{name}": torch.ones(width) for i in range(2)}
+        yield f"Unexpected key.*blocks.0.{name}.*blocks.1.{name}", state | more, half
+    for name in ("attn.q_bias", "ls1.gamma"):  # parts of several families in one network
+        more = {f"module.blocks.{i}.{name}": torch.ones(48) for i in range(2)}
+        yield "does not fill a network", kinds(ijepa)["training"][1]["target_encoder"] | more
+    _, file, _, _ = kinds(clip)["without sizes"]
+    yield "no tensor tells --activation: quick_gelu .OpenAI.* or gelu .open_clip", file
     for file in ({0: torch.ones(1)}, {"model": {0: torch.ones(1)}}, {1: 2}, {}, {"model": {}}):
-        refused("known networks: ..; --prefix must choose one", file)
-    taken = converted({"model": mae_training()[0]})
-    with pytest.raises(
-        SystemExit, match="--to backbone.pt: must be a new file, in a folder that can be written"
-    ):
-        convert.convert(convert.Args("file.pth", heads=3))
-    assert torch.load("backbone.pt", weights_only=True).keys() == taken.keys()
-    for to in ("none/x.pt", "file.pth", "."):
-        with pytest.raises(
-            SystemExit, match=f"--to {to}: must be a new file, in a folder that can be written"
-        ):
+        yield "known networks: ..; --prefix must choose one", file
+
+
+@pytest.mark.parametrize("cases", [vits, resnets, wrong_guesses])
+def test_what_features_would_silently_be_wrong_with_is_refused(cases):
+    for words, file, *flags in cases():
+        refused(words, file, **dict(*flags))
+
+
+def test_the_file_to_write_must_be_new():
+    _, file, _, _ = kinds(mae)["training"]
+    taken = converted(file)
+    for to in ("backbone.pt", "none/x.pt", "file.pth", "."):
+        words = f"--to {to}: must be a new file, in a folder that can be written"
+        with pytest.raises(SystemExit, match=words):
             convert.convert(convert.Args("file.pth", to, heads=3))
-    assert torch.load("file.pth", weights_only=False)["model"].keys() == mae_training()[0].keys()
-
-
-SIZES = [(384, 12, 6), (768, 12, 12), (1024, 24, 16), (1280, 32, 16), (1408, 40, 16), (1536, 40, 24)]
-
-
-@pytest.mark.parametrize("width, depth, heads", SIZES)
-def test_heads_of_the_published_sizes(width, depth, heads):
-    sizes = {"embed_dim": width, "depth": depth, "num_heads": heads, "num_classes": 0}
-    with torch.device("meta"):
-        state = VisionTransformer(patch_size=16, **sizes).state_dict()
-    last = f"blocks.{depth - 1}."
-    shallow = {name: tensor for name, tensor in state.items() if not name.startswith(last)}
-
-    def published(method, state=state, given=0):
-        _, arch, arch_args, size, _ = convert.describe_vit(state, method, convert.Args("x", heads=given))
-        assert (arch, size) == (convert.VITS[width, depth][0], 224)
-        return arch_args["num_heads"]
-
-    for method in ("dino", "dinov2", "beit", "ijepa", "torchvision", "timm"):
-        assert published(method) == heads
-    assert published("clip") == min(width // 64, 16)  # OpenAI's B, L; open_clip's H, g
-    assert published("timm", given=8) == 8
-    with pytest.raises(SystemExit, match=f"--heads 2: dino of width {width} must have {heads}"):
-        published("dino", given=2)
-    with pytest.raises(SystemExit, match="--heads 0: .* must have a divisor of it"):
-        published("dino", shallow)
-    if width == 1024:
-        assert published("clip", given=16) == 16
-        with pytest.raises(SystemExit, match="--heads 8: clip of width 1024 must have 16"):
-            published("clip", given=8)
-    if width == 384:
-        assert published("moco_v3") == 12
-        with pytest.raises(SystemExit, match="--heads 6: moco_v3 of width 384 must have 12"):
-            published("moco_v3", given=6)
-        with pytest.raises(SystemExit, match="--heads 0: .* must have a divisor of it"):
-            published("mae")  # it published none, and MoCo v3's without a prefix looks like it
-
-
-def test_vits_of_any_query_encoder_are_not_moco_s():
-    refused("no tensor tells --statistics", under("encoder_q.", dino_backbone()[0]))
-
-
-def test_any_base_encoder_is_not_moco_v3():
-    """Which has fixed positions, and none of [CLS]; else a small ViT would silently get 12 heads."""
-    state = vit().state_dict()
-    file = under("base_encoder.", state)
-    refused("no tensor tells --statistics", file)
-    assert converted(file, statistics="half")["method"] == "timm"
-    state["pos_embed"][:, 0] = 0
-    assert converted(under("base_encoder.", state))["method"] == "moco_v3"
-
-
-def test_heads_of_beit_are_in_its_tables():
-    assert converted(beit_shared_table()[0], heads=0)["arch_args"]["num_heads"] == 3
-    refused("--heads 4: beit of width 48 must have 3", beit_shared_table()[0], heads=4)
+    assert load("backbone.pt").keys() == taken.keys() and load("file.pth").keys() == file.keys()
 
 
 class Malice:
@@ -706,47 +507,75 @@ class Malice:
         return exec, ("open('run', 'w').write('code ran')",)
 
 
-def test_files_that_cannot_be_read(tmp_path):
-    def fails(path, words):
+def test_files_that_cannot_be_read():
+    file = {"model": kinds(mae)["training"][1]}
+    converted(file, "whole.pth", to="ready.pt")
+    data = Path("whole.pth").read_bytes()
+    for name, content in (("half", data[: len(data) // 2]), ("text", b"<html>404</html>"), ("empty", b"")):
+        Path(f"{name}.pth").write_bytes(content)
+    Path("half.safetensors").write_bytes(data[: len(data) // 2])
+    torch.save([1, 2], "list.pth")
+    torch.save({"model": Malice()}, "malice.pth")
+    Path("old.pth").write_bytes(pickle.dumps({"model": Malice()}, protocol=2))
+    cases = {"none.pth": ".*No such file", ".": ".*Is a directory", "list.pth": "holds a list"}
+    cases |= dict.fromkeys(("half.pth", "half.safetensors", "text.pth", "empty.pth"), "not weights alone")
+    cases |= dict.fromkeys(("malice.pth", "old.pth"), ".*nothing was run: GLOBAL .*exec")
+    for path, words in (cases | {"ready.pt": ".*no backbone.pt"}).items():
         with pytest.raises(SystemExit, match=f"{path}: {words}") as stop:
             convert.convert(convert.Args(path, heads=3))
         assert "\n" not in str(stop.value) and not Path("backbone.pt").exists()
-
-    fails("none.pth", ".*No such file")
-    fails(".", ".*Is a directory")
-    torch.save({"model": mae_training()[0]}, "whole.pth")
-    data = Path("whole.pth").read_bytes()
-    Path("half.pth").write_bytes(data[: len(data) // 2])
-    Path("half.safetensors").write_bytes(data[: len(data) // 2])
-    Path("text.pth").write_text("<html>404</html>")
-    Path("empty.pth").write_text("")
-    for name in ("half.pth", "half.safetensors", "text.pth", "empty.pth"):
-        fails(name, "not weights alone")
-    torch.save([1, 2], "list.pth")
-    fails("list.pth", "holds a list")
-    converted({"model": mae_training()[0]}, to="ready.pt")
-    fails("ready.pt", ".*no backbone.pt")
-    torch.save({"model": Malice()}, "malice.pth")
-    Path("old.pth").write_bytes(pickle.dumps({"model": Malice()}, protocol=2))
-    for name in ("malice.pth", "old.pth"):
-        fails(name, ".*nothing was run: GLOBAL .*exec")
     assert not Path("run").exists()
     torch.load("malice.pth", weights_only=False)  # the trap does work
     assert Path("run").read_text() == "code ran"
 
 
-def test_training_goes_on_from_an_official_file(folder, capsys):
-    """MAE's encoder, a DINO teacher and MoCo's ResNet, converted, are where --init starts."""
-    import dino
-    import mae
+# Other kinds of files, the command, and what is done with backbone.pt
 
-    torch.save({"model": mae.MAE("vit_nano", 32, 8).state_dict()}, "mae.pth")
-    teacher = under("backbone.", dino.VisionTransformer("vit_nano", 32, 8).state_dict())
-    torch.save({"teacher": teacher | {"head.last_layer.weight_g": torch.ones(1)}}, "dino.pth")
-    state = moco.MoCo("resnet18", queue_size=16).state_dict()
-    torch.save({"state_dict": under("module.", state)}, "moco.pth")
-    for module, name in ((mae, "mae"), (dino, "dino"), (moco, "moco")):
-        convert.convert(convert.Args(f"{name}.pth", to=f"{name}.pt"))
-        flags = {"data": str(folder), "epochs": 1, "init": f"{name}.pt", "run_dir": f"run-{name}"}
-        flags |= {"patch_size": 8} if name != "moco" else {}
-        assert module.train(tiny_args(name, **flags))["train/loss"] < 1e3
+
+def test_safetensors():
+    _, state, net, _ = kinds(mae)["released"]
+    save_file(state, "vit.safetensors")
+    convert.convert(convert.Args("vit.safetensors", heads=3))
+    same_features(load("backbone.pt"), net)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_program_is_loaded_only_with_a_flag_of_its_own():
+    _, _, visual, _ = kinds(clip)["without sizes"]
+    archive = torch.nn.Sequential(OrderedDict(visual=visual))  # as OpenAI's: traced, with three numbers
+    archive.register_buffer("input_resolution", torch.tensor(32))
+    torch.jit.trace(archive.eval(), torch.randn(1, 3, 32, 32)).save("clip.pt")
+    with pytest.raises(SystemExit, match="clip.pt: is a program .TorchScript.*--run-program.*trust its auth"):
+        convert.convert(convert.Args("clip.pt", heads=3))
+    assert not Path("backbone.pt").exists()
+    convert.convert(convert.Args("clip.pt", heads=3, run_program=True))
+    info = load("backbone.pt")
+    same_features(info, visual)
+    assert info["arch_args"]["norm_eps"] == visual.transformer.resblocks[1].ln_1.eps == 1e-5
+    assert info["arch_args"]["act_layer"] == "quick_gelu"
+
+
+def test_the_command_says_what_it_found(monkeypatch, capsys):
+    torch.save(kinds(dino)["full"][1], "full.pth")
+    monkeypatch.setattr(sys, "argv", ["convert.py", "full.pth", "--heads", "3", "--to", "dino.pt"])
+    runpy.run_path(convert.__file__, run_name="__main__")
+    words = "full.pth: dino under 'teacher.backbone.', vit .*'num_heads': 3.*, 30 tensors, 32 px, imagenet"
+    said = capsys.readouterr().out
+    assert re.match(words, said) and said.endswith("-> dino.pt\n") and said.count("\n") == 1
+    assert {path.name for path in Path().iterdir()} == {"full.pth", "dino.pt"}
+
+
+def test_training_goes_on_from_an_official_file(folder):
+    """MAE's encoder and MoCo's ResNet, converted, are where --init starts; DINO's are in test_dino.py."""
+    from mae import MAE
+
+    model = moco.MoCo("resnet18", queue_size=16)
+    files = {"mae": MAE("vit_nano", 32, 8).state_dict(), "moco": under("module.", model.state_dict())}
+    for name, file in files.items():
+        expected = converted(file, heads=0)["state_dict"]
+        flags = {"patch_size": 8} if name == "mae" else {}
+        flags |= {"data": str(folder), "epochs": 0, "init": "backbone.pt", "run_dir": name}
+        importlib.import_module(name).train(tiny_args(name, **flags))
+        state = load(f"{name}/backbone.pt")["state_dict"]
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in state.items())
+        assert state.keys() == expected.keys()

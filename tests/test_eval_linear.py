@@ -1,52 +1,98 @@
-"""eval_linear.py: the oracles of methods/evaluation.md, slow versions, scikit-learn, and 47 labels."""
+"""eval_linear.py: the oracles of methods/evaluation.md, slow versions, scikit-learn, timm, torchvision."""
 
 import csv
 import json
 import math
+import os
 import re
+import runpy
 import shutil
+import signal
+import statistics
+import sys
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import timm
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 import torchvision
-from conftest import run_processes, tiny_args
+import tyro
+from conftest import ROOT, Forked, in_processes, load, shaken, stopped
+from PIL import Image, ImageOps
+from torch import nn
+from torch.testing import assert_close
 
 import eval_linear
 import simclr
-from eval_linear import Args, accuracy, evaluate, fit_logreg, knn, linear_probe, load_backbone, logreg
+from eval_linear import Args, Pictures, accuracy, evaluate, extract_features, knn, linear_probe, load_backbone
 
-DOUBLE = torch.float64
-
-
-def clusters(n, dim=8, classes=3, noise=0.3, seed=0):
-    """Features of well separated classes: known features of known accuracy."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(n) % classes
-    return torch.eye(dim)[labels] * 3 + noise * torch.randn(n, dim, generator=generator), labels
+DOUBLE, CPU = torch.float64, torch.device("cpu")
+SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 0}
 
 
-def alone(labels):
-    """Groups of one image each."""
-    return torch.arange(len(labels))
+def clusters(n, dim=8, classes=3, noise=0.3):
+    """Features of well separated classes, of known accuracy; their labels; groups of one each."""
+    labels, noise = torch.arange(n) % classes, noise * torch.randn(n, dim, generator=torch.manual_seed(0))
+    return 3 * torch.eye(dim)[labels] + noise, labels, torch.arange(n)
 
 
-def first_edition_file(folder, method, arch, width, weights, **arch_args):
+def images(n, side=16):
+    return torch.randint(0, 256, (n, 3, side, side), generator=torch.Generator().manual_seed(0)).byte()
+
+
+def first_edition(folder, method, arch, state, side, **arch_args):
     """backbone.pt as the first edition wrote it: users still have such files."""
-    folder.mkdir()
-    info = {"method": method, "arch": arch, "arch_args": arch_args, "image_size": 32, "feature_dim": width}
-    info |= {"mean": eval_linear.MEAN, "std": eval_linear.STD, "state_dict": weights}
-    torch.save(info, folder / "backbone.pt")
-    return folder / "backbone.pt"
+    os.mkdir(folder)
+    info = {"method": method, "arch": arch, "arch_args": arch_args, "image_size": side}
+    info |= {"mean": eval_linear.MEAN, "std": eval_linear.STD, "state_dict": state}
+    torch.save(info, f"{folder}/backbone.pt")
+    return f"{folder}/backbone.pt"
 
 
 @pytest.fixture
-def backbone_file(tmp_path):
-    """An untrained ResNet-18 in a run folder."""
+def vit_file():
     torch.manual_seed(0)
-    net, width = simclr.resnet("resnet18", "imagenet")
-    weights = net.state_dict()
-    return first_edition_file(tmp_path / "run", "simclr", "resnet18", width, weights, stem="imagenet")
+    state = timm.models.VisionTransformer(**SMALL).state_dict()
+    return first_edition("vit", "mae", "vit_nano", state, 16, patch_size=8, fixed_positions=True)
+
+
+@pytest.fixture
+def resnet_file():
+    torch.manual_seed(0)
+    state = simclr.resnet("resnet18", "imagenet")[0].state_dict()
+    return first_edition("resnet", "simclr", "resnet18", state, 32, stem="imagenet")
+
+
+def fill(*names):
+    """Small images, each second one inverted: classes of even and odd numbers can be told apart."""
+    for i, name in enumerate(map(Path, names)):
+        name.parent.mkdir(parents=True, exist_ok=True)
+        image = simclr.demo_image(i)[0].resize((16, 16))
+        (ImageOps.invert(image) if i % 2 else image).save(name)
+
+
+def class_folders(learn, test):
+    """Flags of train/ and val/ with classes a and b."""
+    splits = ["train"] * learn + ["val"] * test
+    fill(*(f"data/{split}/{'ab'[i % 2]}/{i}.png" for i, split in enumerate(splits)))
+    return {"data": "data", "workers": 0}
+
+
+def flat(n):
+    """Flags of a folder without classes and of a csv with a and b."""
+    fill(*(f"flat/{i}.png" for i in range(n)))
+    Path("two.csv").write_text("\n".join(f"{i}.png,{'ab'[i % 2]}" for i in range(n)))
+    return {"data": "flat", "labels_csv": "two.csv", "workers": 0}
+
+
+def refused(match, backbone="pixels", mode="linear", **flags):
+    stopped(lambda: evaluate(Args(backbone, mode, **({"workers": 0} | flags))), match)
 
 
 # k-NN: oracle 5
@@ -60,45 +106,29 @@ def test_knn_votes_with_the_temperature():
     assert warm.argmax() == 1 and (warm[0] / warm[1]).item() == pytest.approx(0.555, abs=1e-3)
 
 
-def test_knn_by_softmax_weights_is_the_same():
-    generator = torch.Generator().manual_seed(0)
-    bank, queries = torch.randn(100, 16, generator=generator), torch.randn(30, 16, generator=generator)
-    labels = torch.randint(0, 4, (100,), generator=generator)
-    ours = knn(bank, labels, queries, (10,), 4)[10]
-    normalize = torch.nn.functional.normalize
-    similarity, nearest = (normalize(queries) @ normalize(bank).T).topk(10, dim=1)
-    votes = torch.softmax(similarity / 0.07, dim=1)
-    slow = torch.stack([(votes * (labels[nearest] == c)).sum(dim=1) for c in range(4)], dim=1)
-    torch.testing.assert_close(ours / ours.sum(dim=1, keepdim=True), slow, atol=1e-5, rtol=1e-5)
-
-
-def test_knn_is_brute_force_and_scikit_learn():
+def test_knn_is_brute_force_softmax_and_scikit_learn(generator):
     from sklearn.neighbors import KNeighborsClassifier
 
-    generator = torch.Generator().manual_seed(0)
-    bank, queries = torch.randn(200, 16, generator=generator), torch.randn(60, 16, generator=generator)
-    labels = torch.randint(0, 5, (200,), generator=generator)
+    bank, queries = (torch.randn(n, 16, generator=generator) for n in (200, 60))
+    labels, before = torch.randint(0, 5, (200,), generator=generator), bank.clone()
     scores = knn(bank, labels, queries, (20,), 5)[20]
-    for query, row in zip(queries, scores, strict=True):
-        cosines = zip(torch.cosine_similarity(query[None], bank).tolist(), labels.tolist(), strict=True)
-        votes = torch.zeros(5, dtype=DOUBLE)
-        for cosine, label in sorted(cosines, reverse=True)[:20]:
-            votes[label] += torch.tensor(cosine / 0.07, dtype=DOUBLE).exp()
-        torch.testing.assert_close(row.double() / row.sum(), votes / votes.sum(), atol=1e-5, rtol=0)
-    theirs = KNeighborsClassifier(
-        20, metric="cosine", weights=lambda d: torch.exp((1 - torch.tensor(d)) / 0.07).numpy()
-    )
-    theirs.fit(bank.numpy(), labels.numpy())
-    assert (theirs.predict(queries.numpy()) == scores.argmax(1).numpy()).all()
-    before = bank.clone()
+    assert torch.equal(bank, before)  # it is normalised in place, but not the caller's
+    shares = scores / scores.sum(dim=1, keepdim=True)
+    similarity, nearest = (F.normalize(queries) @ F.normalize(bank).T).topk(20, dim=1)
+    votes = torch.softmax(similarity / 0.07, dim=1)  # DINOv2
+    votes = torch.stack([(votes * (labels[nearest] == c)).sum(dim=1) for c in range(5)], dim=1)
+    assert_close(shares, votes, atol=1e-5, rtol=1e-5)
+    options = {"metric": "cosine", "weights": lambda d: torch.exp((1 - torch.tensor(d)) / 0.07).numpy()}
+    theirs = KNeighborsClassifier(20, **options).fit(bank.numpy(), labels.numpy())
+    assert (theirs.predict(queries.numpy()) == scores.argmax(dim=1).numpy()).all()
+
     for memory in (1, 4 * 200 * 7, 2**28):
         in_one_pass = knn(bank, labels, queries, (1, 20, 500), 5, memory=memory)
-        torch.testing.assert_close(in_one_pass[20], scores)
+        assert_close(in_one_pass[20], scores)
         for k in (1, 500):  # more neighbours than rows, too
-            torch.testing.assert_close(in_one_pass[k], knn(bank, labels, queries, (k,), 5)[k])
-    assert torch.equal(bank, before)  # it is normalised in place, but not the caller's
+            assert_close(in_one_pass[k], knn(bank, labels, queries, (k,), 5)[k])
     assert accuracy(knn(bank, labels, bank, (1,), 5)[1], labels)["top1"] == 100
-    assert torch.isfinite(knn(bank, labels, 1e3 * queries, (500,), 5)[500]).all()
+    assert knn(bank, labels, 1e3 * queries, (500,), 5)[500].isfinite().all()
 
 
 # Logistic regression: oracle 8
@@ -106,215 +136,119 @@ def test_knn_is_brute_force_and_scikit_learn():
 
 def test_logreg_of_two_points():
     x, y = torch.tensor([[1.0], [-1.0]], dtype=DOUBLE), torch.tensor([1, 0])
-    weight, bias = fit_logreg(x, y, 0.1, 2)
-    torch.testing.assert_close(weight, torch.tensor([[-1.064017, 1.064017]], dtype=DOUBLE), atol=1e-5, rtol=0)
-    loss = torch.nn.functional.cross_entropy(x @ weight + bias, y).item()
+    weight, bias = eval_linear.fit_logreg(x, y, 0.1, 2)
+    assert_close(weight, torch.tensor([[-1.064017, 1.064017]], dtype=DOUBLE), atol=1e-5, rtol=0)
+    loss = F.cross_entropy(x @ weight + bias, y).item()
     assert loss == pytest.approx(0.112499, abs=1e-5) and bias.abs().max() < 1e-6
     assert loss + 0.05 * weight.square().sum().item() == pytest.approx(0.225712, abs=1e-5)
 
 
-def test_logreg_is_scikit_learn_s_optimum():
+def test_logreg_is_scikit_learn_s_optimum_and_choice():
+    """On all rows or some, from float32 too; its penalty by five folds of standardised features."""
     from sklearn.linear_model import LogisticRegression
 
-    features, labels = clusters(120, noise=2.0)
-    for penalty in (1e-3, 1e-1):
-        weight, bias = fit_logreg(features, labels, penalty, 3)
-        theirs = LogisticRegression(C=1 / (120 * penalty), tol=1e-10, max_iter=10000).fit(
-            features.double(), labels
-        )
-        torch.testing.assert_close(weight.T, torch.tensor(theirs.coef_), atol=1e-3, rtol=1e-3)
-        ours = torch.softmax(features.double() @ weight + bias, dim=1)
-        torch.testing.assert_close(
-            ours, torch.tensor(theirs.predict_proba(features.double())), atol=1e-4, rtol=0
-        )
+    features, labels, groups = clusters(60, noise=2.0)
+    fold = eval_linear.stratified_folds(labels, groups, 5, 0)
+    x = (features - features.mean(dim=0)) / features.std(dim=0)
 
+    def theirs(rows, penalty):
+        model = LogisticRegression(C=1 / (int(rows.sum()) * penalty), tol=1e-8, max_iter=10000)
+        return torch.tensor(model.fit(x[rows], labels[rows]).predict_proba(x)).double().log()
 
-def test_logreg_picks_a_penalty_for_noisy_features():
-    features, labels = clusters(60, dim=200, noise=3.0)
-    *_, chosen = logreg(features, labels, alone(labels), 3)
-    assert chosen["penalty"] >= 0.01
-    features, labels = clusters(300)
-    weight, bias, _ = logreg(features, labels, alone(labels), 3)
-    assert accuracy(features @ weight + bias, labels)["top1"] == 100
+    def score(penalty):
+        held = [(theirs(fold != i, penalty)[fold == i], labels[fold == i]) for i in range(5)]
+        return sum(eval_linear.held_out_score(*pair) for pair in held)
+
+    for rows, penalty in ((fold >= 0, 1e-3), (fold > 0, 1e-1)):
+        weight, bias = eval_linear.fit_logreg(x, labels, penalty, 3, rows.nonzero()[:, 0])
+        ours = torch.log_softmax(x.double() @ weight + bias, dim=1)
+        assert_close(ours, theirs(rows, penalty), atol=1e-3, rtol=1e-3)
+    penalty = max((10.0**-i for i in range(-1, 6)), key=score)
+    for scale in (torch.ones(8), torch.logspace(-2, 2, 8)):
+        weight, bias, chosen = eval_linear.logreg(features * scale + 5, labels, groups, 3)
+        assert chosen["penalty"] == pytest.approx(penalty)
+        ours = torch.log_softmax((features * scale + 5) @ weight + bias, dim=1)
+        assert_close(ours.double(), theirs(fold >= 0, penalty), atol=1e-2, rtol=1e-2)
+    assert eval_linear.logreg(*clusters(60, dim=100, noise=3.0), 3)[2]["penalty"] >= 0.01
 
 
 # Linear probe
 
 
-def test_linear_probe_is_sgd_and_picks_its_rate():
-    """One rate of the grid against torch.optim.SGD on the same batches."""
-    features, labels = clusters(300, noise=1.0)
-    weight, bias, chosen = linear_probe(
-        features, labels, alone(labels), 3, Args(epochs=5, batch_size=64), seed=3
-    )
-    held = eval_linear.stratified_folds(labels, alone(labels), 10, 3) == 0
-    train = (~held).nonzero()[:, 0]
-    layer = torch.nn.Linear(8, 3)
-    torch.nn.init.zeros_(layer.weight)
-    torch.nn.init.zeros_(layer.bias)
-    peak = chosen["rate"] * (len(train) / 5) / 256  # 5 batches of at most 64
-    optimizer = torch.optim.SGD(layer.parameters(), peak, momentum=0.9, nesterov=True)
-    generator, step, losses = torch.Generator().manual_seed(3), 0, []
-    for _ in range(5):
+def slow_probe(features, labels, args, rate, train, seed):
+    """One layer by torch.optim: the first loss, and logits of the features."""
+    layer, norm, losses = nn.Linear(features.shape[1], 3), nn.Identity(), []
+    nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+    if args.probe_norm:
+        norm = nn.BatchNorm1d(features.shape[1], eps=1e-6, momentum=None, affine=False)
+    groups = [{"params": layer.weight, "weight_decay": args.weight_decay}, {"params": layer.bias}]
+    sgd = partial(torch.optim.SGD, momentum=0.9, nesterov=args.solver == "nesterov", weight_decay=0)
+    adamw = partial(torch.optim.AdamW, betas=(0.9, 0.999), weight_decay=0)
+    optimizer = (adamw if args.solver == "adamw" else sgd)(groups)
+    steps, generator = math.ceil(len(train) / args.batch_size), torch.Generator().manual_seed(seed)
+    peak, total, warmup = rate * len(train) / steps / 256, args.epochs * steps, args.warmup_epochs * steps
+
+    for _ in range(args.epochs):
         order = train[torch.randperm(len(train), generator=generator)]
-        sizes = [len(train) // 5 + (i < len(train) % 5) for i in range(5)]
-        for batch in order.split(sizes):
-            optimizer.param_groups[0]["lr"] = simclr.cosine_schedule(step, 25, 0, peak)
-            loss = torch.nn.functional.cross_entropy(layer(features[batch]), labels[batch])
+        for batch in order.split([len(train) // steps + (i < len(train) % steps) for i in range(steps)]):
+            falling = 0.5 + 0.5 * math.cos(math.pi * (len(losses) - warmup) / (total - warmup))
+            for group in optimizer.param_groups:
+                group["lr"] = peak * (len(losses) / warmup if len(losses) < warmup else falling)
+            losses.append(F.cross_entropy(layer(norm(features[batch])), labels[batch]))
             optimizer.zero_grad()
-            loss.backward()
+            losses[-1].backward()
             optimizer.step()
-            losses.append(loss.item())
-            step += 1
-    assert losses[0] == pytest.approx(torch.tensor(3.0).log().item(), abs=1e-6)  # oracle 1: ln C
-    torch.testing.assert_close(weight, layer.weight.detach().T, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(bias, layer.bias.detach(), atol=1e-4, rtol=1e-4)
-    assert accuracy(features @ weight + bias, labels)["top1"] > 90
+    return losses[0].item(), layer(norm.eval()(features)).detach()
 
 
-def test_batch_norm_becomes_part_of_the_layer():
-    """Oracle 2: BatchNorm in eval mode and a linear layer are one. Features of wild scales are learnt."""
-    features, labels = clusters(300, noise=0.5)
-    features = features * torch.logspace(-3, 3, 8) + 5
-    weight, bias, _ = linear_probe(
-        features, labels, alone(labels), 3, Args(epochs=30, batch_size=64, probe_norm=True)
-    )
-    assert accuracy(features @ weight + bias, labels)["top1"] > 95
-    # one full batch, one rate: the layer returned is that of BatchNorm and a linear layer trained by hand
-    # (scales nearer to 1: means of 5 beside deviations of 1e-3 cost float32 four digits in the folded bias)
-    features = clusters(300, noise=0.5)[0] * torch.logspace(-1, 1, 8) + 1
-    args = Args(epochs=3, batch_size=300, rates=(0.5,), probe_norm=True, solver="sgd")
-    weight, bias, _ = linear_probe(features, labels, alone(labels), 3, args)
-    norm, layer = torch.nn.BatchNorm1d(8, eps=1e-6, momentum=None, affine=False), torch.nn.Linear(8, 3)
-    torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
-    optimizer = torch.optim.SGD(layer.parameters(), 0.5 * 300 / 256, momentum=0.9)
-    for step in range(3):
-        optimizer.param_groups[0]["lr"] = simclr.cosine_schedule(step, 3, 0, 0.5 * 300 / 256)
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(layer(norm(features)), labels).backward()
-        optimizer.step()
-    expected = layer(norm.eval()(features)).detach()
-    torch.testing.assert_close(features @ weight + bias, expected, atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"batch_size": 64, "epochs": 5},  # a grid of rates, on nine tenths of the labels
+        {"rates": (1.0,), "solver": "sgd", "weight_decay": 0.1, "batch_size": 150, "epochs": 4},
+        {"rates": (0.5,), "solver": "sgd", "probe_norm": True, "batch_size": 70, "warmup_epochs": 1.0},
+        {"rates": (0.1,), "solver": "adamw", "weight_decay": 0.1, "batch_size": 40, "warmup_epochs": 1.5},
+    ],
+)
+def test_linear_probe_is_a_plain_loop(flags):
+    """Oracles 1 and 2: the first loss is ln C; BatchNorm becomes part of the layer. With one rate it learns
+    from every label; weights decay, biases do not."""
+    args, (features, labels, groups) = Args(**{"epochs": 3} | flags), clusters(150, noise=1.0)
+    features = features * torch.logspace(-1, 1, 8) + 1 if args.probe_norm else features
+    weight, bias, chosen = linear_probe(features, labels, groups, 3, args, seed=3)
+    held = eval_linear.stratified_folds(labels, groups, 10, 3) == 0
+    train = groups if args.rates else groups[~held]
+    first, logits = slow_probe(features, labels, args, chosen["rate"], train, 3)
+    assert first == pytest.approx(math.log(3), abs=1e-6) and accuracy(logits, labels)["top1"] > 85
+    assert_close(features @ weight + bias, logits, atol=1e-4, rtol=1e-4)
 
 
 def test_held_out_labels_pick_the_rate(capsys):
     """One label a class cannot be held out; with few the cross-entropy decides among rates as good."""
-    features, labels = clusters(10, dim=16, classes=10, noise=0.0)
-    weight, bias, chosen = linear_probe(features, labels, alone(labels), 10, Args(epochs=30))
-    assert accuracy(features @ weight + bias, labels)["top1"] == 100 and chosen["rate"] == pytest.approx(0.3)
+    given = clusters(10, dim=16, classes=10, noise=0.0)
+    weight, bias, chosen = linear_probe(*given, 10, Args(epochs=30))
+    assert accuracy(given[0] @ weight + bias, given[1])["top1"] == 100
+    assert chosen["rate"] == pytest.approx(0.3)
     assert "too few labels to hold any out; the middle one, 0.3, is taken" in capsys.readouterr().out
-    features, labels = clusters(200, noise=0.3)
     for rates in ((1e-6, 1.0), (1.0, 1e-6)):
-        assert linear_probe(features, labels, alone(labels), 3, Args(epochs=10, rates=rates))[2] == {
-            "rate": 1.0
-        }
-    logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
-    score = eval_linear.held_out_score
-    assert score(3 * logits, torch.tensor([0, 1])) > score(logits, torch.tensor([0, 1])) > 1
-    assert score(3 * logits, torch.tensor([0, 0])) < 1 < score(logits, torch.tensor([0, 1]))
-    assert score(logits * math.nan, torch.tensor([0, 1])) == -1
+        assert linear_probe(*clusters(100), 3, Args(epochs=5, rates=rates))[2] == {"rate": 1.0}
+    logits, right, score = 2 * torch.eye(2), torch.tensor([0, 1]), eval_linear.held_out_score
+    assert score(3 * logits, right) > score(logits, right) > 1
+    assert score(3 * logits, torch.tensor([0, 0])) < 1 and score(logits * math.nan, right) == -1
 
 
-def test_augmented_probe_sees_other_crops_in_each_epoch(vit_file, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    keys, extract = [], eval_linear.extract_features
-    monkeypatch.setattr(
-        eval_linear, "extract_features", lambda *a, **k: keys.append(k.get("key")) or extract(*a, **k)
-    )
-    evaluate(Args(str(vit_file), "linear", augment=True, epochs=3, labels=40, workers=0, seed=5))
+def test_augmented_probe_sees_other_crops_in_each_epoch(monkeypatch):
+    keys, extract = [], extract_features
+    watched = lambda *given, key=None: keys.append(key) or extract(*given, key=key)  # noqa: E731
+    monkeypatch.setattr(eval_linear, "extract_features", watched)
+    evaluate(Args("pixels", side=8, augment=True, epochs=3, seed=5, **class_folders(8, 2)))
     assert keys == [None, (5, 0), (5, 1), (5, 2)]
-    crop = eval_linear.random_crop(32, 0.2)
-    pictures = eval_linear.Pictures([0, 1], 32, crop, 0.2)
+    pictures = Pictures([0, 0], 32, eval_linear.random_crop(32, 0.2), 0.2)
     first = pictures[0][1]
     torch.manual_seed(99)
-    assert torch.equal(pictures[0][1], first)
+    assert torch.equal(pictures[0][1], first) and not torch.equal(pictures[1][1], first)
     pictures.key = (0, 1)
     assert not torch.equal(pictures[0][1], first)
-
-
-def test_linear_probe_with_one_rate_trains_on_every_label():
-    """...and decays the weight, not the bias."""
-    features, labels = clusters(60, noise=1.0)
-    args = Args(epochs=4, batch_size=60, rates=(1.0,), solver="sgd", weight_decay=0.1)
-    weight, bias, chosen = linear_probe(features, labels, alone(labels), 3, args)
-    layer = torch.nn.Linear(8, 3)
-    torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
-    groups = [{"params": layer.weight, "weight_decay": 0.1}, {"params": layer.bias}]
-    optimizer = torch.optim.SGD(groups, 1.0, momentum=0.9)
-    for step in range(4):
-        for group in optimizer.param_groups:
-            group["lr"] = simclr.cosine_schedule(step, 4, 0, 60 / 256)
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(layer(features), labels).backward()
-        optimizer.step()
-    assert chosen == {"rate": 1.0}
-    torch.testing.assert_close(weight, layer.weight.detach().T, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(bias, layer.bias.detach(), atol=1e-6, rtol=1e-5)
-
-
-def test_linear_probe_on_a_gpu_that_is_not_there():
-    """Heads and batches are on the device, features stay: rows are the CPU's, and so is what comes back."""
-    import pretend_gpu
-
-    features, labels = clusters(60)
-    args = Args(epochs=2, batch_size=20, rates=(0.1, 1.0), probe_norm=True)
-    expected, devices, linear = (
-        linear_probe(features, labels, alone(labels), 3, args),
-        set(),
-        torch.nn.Linear.forward,
-    )
-    with pretend_gpu.PretendGPU(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            torch.nn.Linear, "forward", lambda self, x: devices.add(x.device.type) or linear(self, x)
-        )
-        weight, bias, chosen = linear_probe(
-            features, labels, alone(labels), 3, args, device=torch.device("cuda")
-        )
-        assert weight.device.type == "cpu" and devices == {"cuda"}
-    assert chosen == expected[2] and torch.equal(weight, expected[0]) and torch.equal(bias, expected[1])
-
-
-def test_knn_and_logreg_on_a_gpu_that_is_not_there():
-    """Banks, similarities, standardised features and L-BFGS are on the device; what comes back is not."""
-    import pretend_gpu
-
-    features, labels = clusters(90, noise=1.5)
-    fit, products, matmul = eval_linear.fit_logreg, set(), torch.Tensor.__matmul__
-    expected = knn(features, labels, features, (1, 5), 3), logreg(features, labels, alone(labels), 3)
-    with pretend_gpu.PretendGPU(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            torch.Tensor, "__matmul__", lambda self, x: products.add(x.device.type) or matmul(self, x)
-        )
-        cuda = torch.device("cuda")
-        scores = knn(features, labels, features, (1, 5), 3, device=cuda)
-        assert products == {"cuda"}
-        patch.setattr(
-            eval_linear, "fit_logreg", lambda x, y, *a, **k: products.add(y.device.type) or fit(x, y, *a, **k)
-        )
-        weight, bias, chosen = logreg(features, labels, alone(labels), 3, device=cuda)
-        assert products == {"cuda"} and {weight.device.type, bias.device.type} == {"cpu"}
-        assert all(scores[k].device.type == "cpu" for k in scores)
-    assert chosen == expected[1][2] and all(torch.equal(scores[k], expected[0][k]) for k in (1, 5))
-    torch.testing.assert_close((weight, bias), expected[1][:2])
-
-
-def test_features_that_overflow_are_noticed(backbone_file):
-    """Infinite ones, of float16, as well as NaN; of images that cannot be read NaN stays."""
-    backbone = load_backbone(str(backbone_file))
-    pictures = eval_linear.Pictures([0, "nowhere.png", 2], 32)
-    assert eval_linear.extract_features(backbone, pictures).isnan().any(dim=1).tolist() == [
-        False,
-        True,
-        False,
-    ]
-    for value in (math.inf, -math.inf, math.nan):
-        with torch.no_grad():
-            backbone.net.layer4[1].bn2.bias[0] = value
-        if value == -math.inf:
-            backbone.net.avgpool = torch.nn.Identity()
-            backbone.net.layer4[1].relu = torch.nn.Identity()
-        with pytest.raises(SystemExit, match="its features are not finite"):
-            eval_linear.extract_features(backbone, eval_linear.Pictures([0], 32))
 
 
 def test_schedule_of_maes_probe():
@@ -324,278 +258,238 @@ def test_schedule_of_maes_probe():
     assert eval_linear.cosine_schedule(45, 90, 0, 1.0) == pytest.approx(0.5)  # MoCo v3
 
 
-# The ViT
+def test_scores_on_a_gpu_that_is_not_there(monkeypatch):
+    """Banks, batches, heads and L-BFGS are on the device; what comes back is not, and is the CPU's."""
+    import pretend_gpu
+
+    given, devices = clusters(12, dim=3, noise=1.5), {}
+    args = Args(epochs=2, batch_size=20, rates=(0.1, 1.0), probe_norm=True)
+
+    def scores(device):
+        votes = knn(*given[:2], given[0], (1, 5), 3, device=device).values()
+        probe = linear_probe(*given, 3, args, device=device)
+        return [*votes, *probe, *eval_linear.logreg(*given, 3, device=device)]
+
+    def watch(owner, name, place):
+        call = getattr(owner, name)
+        seen = lambda *given, **k: devices.setdefault(name, given[place].device.type) and call(*given, **k)  # noqa: E731
+        monkeypatch.setattr(owner, name, seen)
+
+    expected = scores(CPU)
+    watch(torch.Tensor, "topk", 0), watch(nn.Linear, "forward", 1), watch(eval_linear, "fit_logreg", 0)
+    with pretend_gpu.PretendGPU():
+        found = scores(torch.device("cuda"))
+        assert {x.device.type for x in found if isinstance(x, torch.Tensor)} == {"cpu"}
+    assert devices == dict.fromkeys(("topk", "forward", "fit_logreg"), "cuda")
+    assert_close(found, expected)
 
 
-NANO = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4, "num_classes": 0}
+# Features and backbones
 
 
-@pytest.fixture
-def vit_file(tmp_path):
-    """A vit_nano of 32 px and patch 8 in a run folder."""
-    torch.manual_seed(0)
-    weights = timm.models.VisionTransformer(**NANO).state_dict()
-    options = {"patch_size": 8, "xavier": True, "fixed_positions": True}
-    return first_edition_file(tmp_path / "vit", "mae", "vit_nano", 128, weights, **options)
+def test_pictures_without_augmentation():
+    """Above 32 pixels the middle 87.5 % of each side, resized; at most 32 the whole."""
+    image = Image.frombytes("RGB", (128, 160), torch.arange(128 * 160 * 3).byte().numpy().tobytes())
+    image = image.resize((16, 20)).resize((128, 160))  # smooth
+    image.save("a.png")
+    for side, cut in ((64, 8), (32, 0)):
+        box = cut, 16 + cut, 128 - cut, 144 - cut  # of the square in the middle
+        slow = image.resize((side, side), Image.BICUBIC, box=box)
+        found = Pictures(["a.png"], side)[0][1]
+        assert torch.equal(found, torchvision.transforms.v2.functional.pil_to_tensor(slow))
 
 
-def test_features_are_timms(vit_file):
-    """[CLS], mean and both, of one block or several, by timm's own network of the same weights."""
-    theirs = timm.models.VisionTransformer(**NANO).eval()
-    theirs.load_state_dict(torch.load(vit_file, weights_only=True)["state_dict"])
-    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    pixels = (images / 255 - torch.tensor(eval_linear.MEAN).view(3, 1, 1)) / torch.tensor(
-        eval_linear.STD
-    ).view(3, 1, 1)
-    inner = []
-    hooks = [
-        theirs.blocks[i].register_forward_hook(lambda *a: inner.append(theirs.norm(a[2]))) for i in (1, 5)
-    ]
-    with torch.no_grad():
-        expected = theirs(pixels)
-        for hook in hooks:
-            hook.remove()
-        torch.testing.assert_close(load_backbone(str(vit_file))(images), expected, atol=1e-5, rtol=1e-5)
-        both = load_backbone(str(vit_file), layers=(1, -1), feature="both")
-        parts = [part for tokens in inner for part in (tokens[:, 0], tokens[:, 1:].mean(dim=1))]
-        assert both.dim == 512
-        torch.testing.assert_close(both(images), torch.cat(parts, dim=1), atol=1e-5, rtol=1e-5)
-        mean = load_backbone(str(vit_file), layers=(5,), feature="mean")
-        torch.testing.assert_close(mean(images), parts[3], atol=1e-5, rtol=1e-5)
+def test_features_that_are_not_finite_are_refused(vit_file):
+    """Infinite ones, of float16, as well as NaN; of images that cannot be read NaN stays."""
+    backbone, data = load_backbone(vit_file), class_folders(8, 2)
+    features = extract_features(backbone, Pictures([0, "nowhere.png", 2], 16))
+    assert features.isnan().any(dim=1).tolist() == [False, True, False]
+    for value in (math.inf, -math.inf, math.nan):
+        backbone.net.norm.bias.data[0] = value
+        stopped(lambda: extract_features(backbone, Pictures([0], 16)), "its features are not finite")
+    torch.save(load(vit_file) | {"state_dict": backbone.net.state_dict()}, vit_file)
+    for mode in ("knn", "logreg", "features"):
+        refused("mae vit_nano cls: its features are not finite; give --amp off", vit_file, mode, **data)
+    assert [path.name for path in Path("vit").iterdir()] == ["backbone.pt"]
 
 
 def test_positions_of_another_size(vit_file):
     """Oracle 9: of the stored size they are the file's; constants stay, and [CLS] keeps its own."""
-    file = torch.load(vit_file, weights_only=True)
+    file = load(vit_file)
     stored = file["state_dict"]["pos_embed"]
-    assert torch.equal(load_backbone(str(vit_file)).net.pos_embed, stored)
-    larger = load_backbone(str(vit_file), side=48).net.pos_embed
-    assert larger.shape == (1, 37, 128) and torch.equal(larger[:, 0], stored[:, 0])
+    assert torch.equal(load_backbone(vit_file).net.pos_embed, stored)
+    larger = load_backbone(vit_file, side=24).net.pos_embed
+    assert larger.shape == (1, 10, 32) and torch.equal(larger[:, 0], stored[:, 0])
     file["state_dict"]["pos_embed"] = torch.full_like(stored, 0.3)
     torch.save(file, vit_file)
-    constant = load_backbone(str(vit_file), side=48).net.pos_embed
-    torch.testing.assert_close(constant, torch.full_like(constant, 0.3))
+    constant = load_backbone(vit_file, side=24).net.pos_embed
+    assert_close(constant, torch.full_like(constant, 0.3))
 
 
-def new_form(file, builder, arch_args, **more):
-    """A backbone.pt with the weights of a network that this builds."""
-    net = eval_linear.build_network(builder, arch_args)
-    with torch.no_grad():
-        for tensor in net.state_dict().values():
-            if tensor.is_floating_point():  # every part counts
-                tensor.add_(0.1 * torch.rand_like(tensor))
-    info = {"method": "dino", "arch": "vit_nano", "image_size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    info |= {"builder": builder, "arch_args": arch_args, "state_dict": net.state_dict()} | more
-    torch.save(info, file)
-    return net.eval()
-
-
+GIANT = {"init_values": 1e-5, "mlp_ratio": 2.66667 * 2, "mlp_layer": "SwiGLUPacked", "act_layer": "silu"}
+BEIT = {"global_pool": "token", "use_abs_pos_emb": False, "use_shared_rel_pos_bias": True, "init_values": 0.1}
+CLIP = {"pre_norm": True, "act_layer": "quick_gelu", "norm_eps": 1e-5}
+IJEPA = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+REGISTERS = {"init_values": 0.5, "reg_tokens": 4, "no_embed_class": True}
 TABLE = {  # DESIGN 6: the exact calls
-    "dino": ("VisionTransformer", {}, "cls"),
-    "ijepa": ("VisionTransformer", {"class_token": False, "global_pool": "avg", "fc_norm": False}, "mean"),
-    "dinov2": ("VisionTransformer", {"init_values": 0.5}, "cls"),
-    "registers": ("VisionTransformer", {"init_values": 0.5, "reg_tokens": 4, "no_embed_class": True}, "cls"),
-    "clip": ("VisionTransformer", {"pre_norm": True, "act_layer": "quick_gelu", "norm_eps": 1e-5}, "cls"),
-    "giant": (
-        "VisionTransformer",
-        {"init_values": 1e-5, "mlp_ratio": 2.66667 * 2, "mlp_layer": "SwiGLUPacked", "act_layer": "silu"},
-        "cls",
-    ),
-    "beit": (
-        "Beit",
-        {
-            "global_pool": "token",
-            "use_abs_pos_emb": False,
-            "use_shared_rel_pos_bias": True,
-            "init_values": 0.1,
-        },
-        "mean",
-    ),
+    "dino": ("timm.VisionTransformer", SMALL, "cls"),
+    "ijepa": ("timm.VisionTransformer", SMALL | IJEPA, "mean"),
+    "dinov2": ("timm.VisionTransformer", SMALL | {"init_values": 0.5}, "cls"),
+    "registers": ("timm.VisionTransformer", SMALL | REGISTERS, "cls"),
+    "clip": ("timm.VisionTransformer", SMALL | CLIP, "cls"),
+    "giant": ("timm.VisionTransformer", SMALL | GIANT, "cls"),
+    "beit": ("timm.Beit", SMALL | BEIT, "mean"),
+    "resnet": ("torchvision.resnet", {"arch": "resnet18", "stem": "imagenet"}, "pooled"),
+    "small stem": ("torchvision.resnet", {"arch": "resnet18", "stem": "cifar"}, "pooled"),
 }
 
 
+def network_file(name):
+    """backbone.pt of a network of TABLE, in which every part counts; and the network."""
+    builder, options, _ = TABLE[name]
+    net = shaken(eval_linear.build_network(builder, options), torch.Generator().manual_seed(0), 0.02)
+    file = {"method": name, "arch": "vit_nano", "image_size": 16, "mean": (0.1, 0.2, 0.3)}
+    file |= {"std": (0.4, 0.5, 0.6), "builder": builder, "arch_args": options}
+    torch.save(file | {"state_dict": net.state_dict()}, "new.pt")
+    return net
+
+
 @pytest.mark.parametrize("name", TABLE)
-def test_new_backbone_files(tmp_path, name):
-    """Each call of DESIGN 6, strictly; other sizes are timm's; what does not fit is refused."""
-    kind, options, feature = TABLE[name]
-    path, method = str(tmp_path / "backbone.pt"), name if name in ("beit", "ijepa") else "dino"
-    net = new_form(path, f"timm.{kind}", NANO | options, method=method)
-    for side in (32, 48):
-        backbone = load_backbone(path, side=side)
-        assert (backbone.side, backbone.feature) == (side, feature)
-        if side == 48:
-            net.set_input_size(48)
-        images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+def test_features_of_each_kind_of_backbone_file(name):
+    """[CLS], mean and both, of one block or several, at any side, by the library's own network of the same
+    weights, loaded strictly; what does not fit is refused."""
+    net, feature, inner = network_file(name), TABLE[name][2], []
+    mean, std = (torch.tensor(load("new.pt")[name]).view(3, 1, 1) for name in ("mean", "std"))
+    kinds = ["auto", "mean", "both"] if feature == "cls" else ["auto"]
+    for block in (net.blocks[1], net.blocks[2]) if feature != "pooled" else ():
+        block.register_forward_hook(lambda *given: inner.append(net.norm(given[2])))
+    for side in (16, 24):
+        if side == 24 and feature != "pooled":
+            net.set_input_size(24)
         with torch.no_grad():
-            tokens = net.forward_features(images / 127.5 - 1)
-            pooled = tokens[:, 0] if feature == "cls" else tokens[:, net.num_prefix_tokens :].mean(dim=1)
-            torch.testing.assert_close(backbone(images), pooled, atol=1e-5, rtol=1e-4)
-    state = torch.load(path, weights_only=True)
-    some = {key: value for key, value in state["state_dict"].items() if key != "blocks.3.norm2.bias"}
-    for wrong in (some, state["state_dict"] | {"blocks.3.norm3.bias": torch.ones(1)}):
-        torch.save(state | {"state_dict": wrong}, path)
-        with pytest.raises(SystemExit, match="cannot be loaded .*blocks.3.norm"):
-            load_backbone(path)
+            inner.clear()
+            pooled = net((images(2, side) / 255 - mean) / std)
+            parts = [(x[:, 0], x[:, net.num_prefix_tokens :].mean(dim=1)) for x in inner]
+            for kind in kinds:
+                backbone = load_backbone("new.pt", 0, side, kind, (-1,) if feature == "pooled" else (1, -1))
+                takes = {"cls": [0], "mean": [1], "both": [0, 1]}.get(backbone.feature)
+                expected = torch.cat([part[i] for part in parts for i in takes], dim=1) if parts else pooled
+                assert_close(backbone(images(2, side)), expected, atol=1e-4, rtol=1e-4)
+                assert (backbone.side, backbone.dim) == (side, expected.shape[1])
+        assert load_backbone("new.pt").feature == feature
+
+    file = load("new.pt")
+    last = [key for key in file["state_dict"] if key.endswith(".bias")][-1]
+    some = {key: value for key, value in file["state_dict"].items() if key != last}
+    for wrong in (some, file["state_dict"] | {f"{last}2": torch.ones(1)}):
+        torch.save(file | {"state_dict": wrong}, "new.pt")
+        stopped(lambda: load_backbone("new.pt"), f"cannot be loaded .*{last}")
 
 
-@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
-def test_new_backbone_files_of_resnets(tmp_path, stem):
-    path, args = str(tmp_path / "backbone.pt"), {"arch": "resnet18", "stem": stem}
-    net = new_form(path, "torchvision.resnet", args, method="simclr", arch="resnet18")
-    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    with torch.no_grad():
-        torch.testing.assert_close(load_backbone(path)(images), net(images / 127.5 - 1), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("stem, epochs", [("imagenet", 2), ("cifar", 0)])
-def test_what_training_saved_gives_the_features_of_its_model(folder, tmp_path, stem, epochs):
-    """backbone.pt and the model's own weights in checkpoint.pt, of a run and of --epochs 0."""
-    flags = {"data": str(folder), "stem": stem, "epochs": epochs}
-    simclr.train(tiny_args("simclr", run_dir=str(tmp_path), **flags))
-    model = simclr.SimCLR("resnet18", stem).eval()
-    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"])
-    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (simclr.MEAN, simclr.STD))
-    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    backbone = load_backbone(str(tmp_path / "backbone.pt"))
-    assert (backbone.dim, backbone.side) == (512, 32)
-    with torch.no_grad():
-        expected = model((images / 255 - mean) / std)[1]
-        torch.testing.assert_close(backbone(images), expected, atol=1e-5, rtol=1e-5)
-    moved = not torch.equal(model.backbone.bn1.running_mean, start["backbone.bn1.running_mean"])
-    assert moved == (epochs > 0)  # statistics of a training are a part of the features
-
-
-def test_untrained_vits_start_as_in_timm(vit_file, tmp_path):
+def test_untrained_vits_start_as_in_timm(vit_file):
     """...but for MAE's xavier; sin-cos positions are a part of the network, and are not tuned either."""
-    learnt, again = load_backbone(str(vit_file)), load_backbone(f"random:{vit_file}", seed=1)
+    learnt, again = load_backbone(vit_file), load_backbone(f"random:{vit_file}", seed=1)
     assert torch.equal(learnt.net.pos_embed, again.net.pos_embed)
-    assert not torch.equal(learnt.net.blocks[0].attn.qkv.weight, again.net.blocks[0].attn.qkv.weight)
     for weight in (again.net.blocks[0].attn.qkv.weight, again.net.patch_embed.proj.weight.flatten(1)):
         bound = (6 / sum(weight.shape)) ** 0.5  # of the fused qkv, and of the patches as one matrix
         assert 0.98 * bound < weight.abs().max() <= bound
         assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.03)
-    path = str(tmp_path / "new.pt")
     for name in ("dinov2", "clip", "beit"):
-        kind, options, _ = TABLE[name]
-        new_form(path, f"timm.{kind}", NANO | options, method=name)
-        found = load_backbone(f"random:{path}", seed=3).net.state_dict()
+        network_file(name)
+        found = load_backbone("random:new.pt", seed=3).net.state_dict()
         torch.manual_seed(3)
-        expected = eval_linear.build_network(f"timm.{kind}", NANO | options).state_dict()
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], expected[key]) for key in found)
+        assert_close(found, eval_linear.build_network(*TABLE[name][:2]).state_dict(), atol=0, rtol=0)
     for method, fixed in (("mae", True), ("ijepa", True), ("moco_v3", True), ("dino", False)):
-        state = torch.load(vit_file, weights_only=True)
-        torch.save(state | {"method": method}, path)
-        tuned = load_backbone(path, tunes=True).net
+        torch.save(load(vit_file) | {"method": method}, "new.pt")
+        tuned = load_backbone("new.pt", tunes=True).net
         assert tuned.pos_embed.requires_grad != fixed and tuned.blocks[0].attn.qkv.weight.requires_grad
 
 
-def test_untrained_resnets_take_statistics(backbone_file):
-    """BatchNorm's means and variances of the images, the weights as drawn, and the usual momentum again."""
-    items = list(range(40))
-    backbone, fresh = (load_backbone(f"random:{backbone_file}", seed=2) for _ in range(2))
-    eval_linear.settle_statistics(backbone, items, "cpu")
+def test_untrained_resnets_take_statistics_of_images_for_learning(resnet_file, monkeypatch):
+    """BatchNorm's means and variances, of no test image; weights as drawn, and the usual momentum again."""
+    backbone, fresh = (load_backbone(f"random:{resnet_file}", seed=2) for _ in range(2))
+    eval_linear.settle_statistics(backbone, [*range(20)], "cpu")
     state, before = backbone.net.state_dict(), fresh.net.state_dict()
     for name, tensor in state.items():
-        moved = "running" in name or "num_batches" in name
-        assert torch.equal(tensor, before[name]) != moved, name
-    images = torch.stack([eval_linear.Pictures(items, 32)[i][1] for i in items])
+        assert torch.equal(tensor, before[name]) != ("running" in name or "num_batches" in name), name
+    pixels = torch.stack([image for _, image, _ in map(Pictures([*range(20)], 32).__getitem__, range(20))])
     with torch.no_grad():
-        maps = backbone.net.conv1((images / 255 - backbone.mean) / backbone.std)
-    torch.testing.assert_close(state["bn1.running_mean"], maps.mean(dim=(0, 2, 3)), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(state["bn1.running_var"], maps.var(dim=(0, 2, 3)), atol=1e-4, rtol=1e-4)
+        maps = backbone.net.conv1((pixels / 255 - backbone.mean) / backbone.std)
+    assert_close(state["bn1.running_mean"], maps.mean(dim=(0, 2, 3)), atol=1e-4, rtol=1e-4)
+    assert_close(state["bn1.running_var"], maps.var(dim=(0, 2, 3)), atol=1e-4, rtol=1e-4)
     assert backbone.net.bn1.momentum == 0.1
-    learnt = load_backbone(str(backbone_file))
-    mark = eval_linear.fingerprint(learnt)
-    eval_linear.settle_statistics(learnt, [], "cpu")  # of a trained one, nothing
-    assert eval_linear.fingerprint(learnt) == mark
 
-
-def test_statistics_never_see_a_test_image(tmp_path, backbone_file, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    seen, settle = [], eval_linear.settle_statistics
-    monkeypatch.setattr(
-        eval_linear, "settle_statistics", lambda b, items, d: seen.append(items) or settle(b, items, d)
-    )
-    for i in range(24):
-        path = tmp_path / "data" / ("train" if i < 16 else "val") / "ab"[i % 2] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        simclr.demo_image(i)[0].save(path)
-    for path in (f"random:{backbone_file}", str(backbone_file)):
-        evaluate(Args(path, "knn", data="data", k=(1,), workers=0))
+    seen, data = [], class_folders(16, 8)
+    monkeypatch.setattr(eval_linear, "settle_statistics", lambda net, items, device: seen.append(items))
+    for path in (f"random:{resnet_file}", resnet_file):  # of a trained one, nothing
+        evaluate(Args(path, "knn", k=(1,), **data))
     assert len(seen) == 1 and len(seen[0]) == 16 and all("/train/" in item for item in seen[0])
 
 
-def test_protocols_in_the_results_parse():
-    """RESULTS.md: each paper's flags are flags, with the sheet's numbers."""
-    import tyro
-    from conftest import ROOT
-
-    rows = re.findall(r"^\| (.+?) \| `(--mode .+?)`", (ROOT / "RESULTS.md").read_text(), re.M)
-    found = {name: tyro.cli(Args, args=flags.split()) for name, flags in rows}
-    assert len(found) == 9
-    assert found["MoCo v1, v2, linear"].rates == (30.0,) and found["MoCo v1, v2, linear"].solver == "sgd"
-    dino = found["DINO, linear, ViT-S"]
-    assert (dino.layers, dino.epochs, dino.rates, dino.augment) == ((-4, -3, -2, -1), 100, (0.001,), True)
-    assert found["BYOL, linear (C.1)"].rates == (0.4, 0.3, 0.2, 0.1, 0.05)
-    assert found["SimCLR, linear (B.6)"].batch_size == 4096
-    probe = found["MAE, linear (Table 10)"]
-    assert (probe.probe_norm, probe.warmup_epochs, probe.epochs, probe.solver) == (True, 10.0, 90, "sgd")
-    mae = found["MAE, fine-tuned, ViT-B"]
-    assert (mae.base_lr, mae.layer_decay, mae.warmup_epochs, mae.epochs) == (5e-4, 0.65, 5.0, 100)
-    assert (mae.drop_path, mae.mixup, mae.cutmix, mae.label_smoothing) == (0.1, 0.8, 1.0, 0.1)
-    assert (mae.weight_decay, mae.batch_size, mae.feature, mae.solver) == (0.05, 1024, "mean", "adamw")
+def test_a_frozen_backbone_does_not_change_and_random_is_another(resnet_file):
+    """Oracle 10: not a bit of buffers either; and where they do move it is noticed."""
+    backbone, pictures = load_backbone(resnet_file), Pictures([*range(9)], 32)
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    extract_features(backbone.train(), pictures)
+    assert_close(backbone.state_dict(), before, atol=0, rtol=0)
+    others = [load_backbone(f"random:{resnet_file}", seed) for seed in (1, 2)]
+    assert len({eval_linear.fingerprint(net) for net in (backbone, *others)}) == 3
+    backbone.eval = backbone.train
+    with pytest.raises(RuntimeError, match="the frozen backbone has changed"):
+        extract_features(backbone, pictures)
 
 
-def test_tuned_vits_pool_as_timm(vit_file):
-    """MAE: the mean of the patch tokens, with a norm of its own; drop path rises to the last block."""
-    backbone = load_backbone(str(vit_file), tunes=True, drop_path=0.1)
-    net, state = backbone.net, torch.load(vit_file, weights_only=True)["state_dict"]
-    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in net.blocks]
-    assert [round(rate, 2) for rate in rates] == [0, 0.02, 0.04, 0.06, 0.08, 0.1]
-    theirs = timm.models.VisionTransformer(**NANO | {"global_pool": "avg"}).eval()
-    missing, unexpected = theirs.load_state_dict(state, strict=False)
-    assert missing == ["fc_norm.weight", "fc_norm.bias"] and unexpected == ["norm.weight", "norm.bias"]
-    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    with torch.no_grad():
-        expected = theirs((images / 255 - backbone.mean) / backbone.std)
-        torch.testing.assert_close(backbone.eval()(images), expected, atol=1e-5, rtol=1e-5)
-        assert not torch.equal(backbone.train()(images), backbone.eval()(images))
-    assert load_backbone(str(vit_file), tunes=True, feature="cls").net.global_pool == "token"
-    with pytest.raises(SystemExit, match="--feature both"):
-        load_backbone(str(vit_file), tunes=True, feature="both")
-
-
-@pytest.mark.parametrize("mode", ["knn", "linear", "finetune"])
-def test_vit_in_every_kind_of_mode(vit_file, mode, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    options = {"labels": 100, "epochs": 2, "workers": 0, "batch_size": 50}
-    options |= {"drop_path": 0.1} if mode == "finetune" else {"layers": (-2, -1)}
-    result = evaluate(Args(str(vit_file), mode, **options))
-    assert (
-        result["n"] == 2048 and result["network"] == f"mae vit_nano {'mean' if mode == 'finetune' else 'cls'}"
-    )
-    if mode == "finetune":
-        (tmp_path / "photos").mkdir()
-        for i in range(3):
-            simclr.demo_image(i)[0].save(tmp_path / f"photos/{i}.png")
-        used = evaluate(Args(str(vit_file), "predict", data="photos", workers=0))
-        assert used == {"n": 3, "unreadable": 0}
+def test_published_networks_of_torchvision_and_timm(monkeypatch):
+    """Their last linear layer is off, their side and statistics are their own; no download in this test."""
+    get_model, create_model = torchvision.models.get_model, timm.create_model
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: get_model(name))
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **k: create_model(name, **k))
+    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (eval_linear.MEAN, eval_linear.STD))
+    for name, dim, layer in (("resnet18", 512, "fc"), ("mobilenet_v3_small", 1024, "classifier.3")):
+        backbone = load_backbone(name)
+        torch.manual_seed(0)
+        theirs = get_model(name).eval()
+        theirs.set_submodule(layer, nn.Identity())
+        with torch.no_grad():
+            expected = theirs((images(1, 224) / 255 - mean) / std)
+            assert_close(backbone(images(1, 224)), expected, atol=1e-4, rtol=1e-4)
+        assert (backbone.dim, backbone.side, backbone.name) == (dim, 224, name)
+    backbone = load_backbone("timm:vit_tiny_patch16_224", side=64)
+    assert (backbone.dim, backbone.side) == (192, 64) and backbone.mean.flatten().tolist() == [0.5] * 3
+    for name in ("timm:vit_nonsense", "squeezenet1_0"):
+        stopped(lambda name=name: load_backbone(name), f"--backbone {name}: cannot be loaded")
+    assert load_backbone("pixels", side=8).dim == 192
 
 
 # Fine-tuning: oracle 3
 
 
+def test_tuned_vits_pool_as_timm(vit_file):
+    """MAE: the mean of the patch tokens, with a norm of its own; drop path rises to the last block."""
+    backbone = load_backbone(vit_file, tunes=True, drop_path=0.1)
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in backbone.net.blocks]
+    assert rates == pytest.approx([0, 0.05, 0.1])
+    theirs = timm.models.VisionTransformer(**SMALL | {"global_pool": "avg"}).eval()
+    missing, unexpected = theirs.load_state_dict(load(vit_file)["state_dict"], strict=False)
+    assert missing == ["fc_norm.weight", "fc_norm.bias"] and unexpected == ["norm.weight", "norm.bias"]
+    with torch.no_grad():
+        expected = theirs((images(4) / 255 - backbone.mean) / backbone.std)
+        assert_close(backbone(images(4)), expected, atol=1e-5, rtol=1e-5)
+    assert load_backbone(vit_file, tunes=True, feature="cls").net.global_pool == "token"
+    stopped(lambda: load_backbone(vit_file, tunes=True, feature="both"), "--feature both")
+
+
+def classifier(net):
+    return eval_linear.Classifier(eval_linear.Backbone(net, 64, (0.5,) * 3, (0.5,) * 3, "net"), 2)
+
+
 @pytest.mark.parametrize("decay, lowest", [(0.75, 0.0237573), (0.65, 0.0036972)])
 def test_layer_decay_of_a_vit(decay, lowest):
-    net = timm.models.VisionTransformer(img_size=16, patch_size=8, embed_dim=8, num_heads=2, num_classes=0)
-    backbone = eval_linear.Backbone(net, 16, (0.5,) * 3, (0.5,) * 3, "ViT")
-    model = eval_linear.Classifier(backbone, 2)
+    net = timm.models.VisionTransformer(img_size=64, patch_size=32, embed_dim=8, num_heads=2, num_classes=0)
+    model = classifier(net)
     groups = eval_linear.layer_groups(model, 0.05, decay)
-    assert len(groups) == 28
     params = [p for group in groups for p in group["params"]]
-    assert len(params) == len({id(p) for p in params}) == len([*model.parameters()])
+    assert len(groups) == 28 and len(params) == len({id(p) for p in params}) == len([*model.parameters()])
     scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     for at_input in (net.pos_embed, net.cls_token, net.patch_embed.proj.weight):
         assert scale[id(at_input)] == pytest.approx(lowest, rel=1e-5)
@@ -607,26 +501,27 @@ def test_layer_decay_of_a_vit(decay, lowest):
     assert not {id(net.pos_embed), id(net.cls_token), id(net.blocks[0].mlp.fc1.bias)} & decayed
 
 
-def test_layer_decay_of_a_resnet():
+def test_layer_decay_of_a_resnet_and_of_networks_without_layers():
     net, _ = simclr.resnet("resnet18", "imagenet")
-    model = eval_linear.Classifier(eval_linear.Backbone(net, 32, (0.5,) * 3, (0.5,) * 3, "ResNet"), 2)
-    groups = eval_linear.layer_groups(model, 0.0, 0.5)
-    assert sorted({group["lr_scale"] for group in groups}) == [0.5**5, 0.5**4, 0.5**3, 0.5**2, 0.5, 1.0]
+    groups = eval_linear.layer_groups(classifier(net), 0.0, 0.5)
+    assert sorted({group["lr_scale"] for group in groups}) == [0.5**i for i in range(5, -1, -1)]
     scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     assert scale[id(net.conv1.weight)] == 0.5**5 and scale[id(net.layer4[0].bn1.weight)] == 0.5
+    # the latter has stages, but a stem of another name
+    for net in (nn.Sequential(nn.Flatten(), nn.Linear(3 * 64**2, 2)), timm.create_model("test_convnext")):
+        model = classifier(net)
+        stopped(lambda model=model: eval_linear.layer_groups(model, 0.0, 0.7), "--layer-decay 0.7: finds no")
+        assert {group["lr_scale"] for group in eval_linear.layer_groups(model, 0.0, 1.0)} == {1.0}
 
 
-class Rows(torch.utils.data.Dataset):
-    """(index, row) of known images, which, as Pictures without augmentation, hang on nothing else."""
+class Seen(Pictures):
+    """Pictures without crops, which hang on nothing else, and with what key each was asked for."""
 
-    def __init__(self, images):
-        self.images, self.items, self.crop, self.key = images, range(len(images)), None, (0, 0)
-
-    def __len__(self):
-        return len(self.images)
+    keys = []
 
     def __getitem__(self, index):
-        return index, self.images[index], True
+        self.keys.append(self.key)
+        return super().__getitem__(index)
 
 
 TUNING = {"solver": "sgd", "base_lr": 1.0, "weight_decay": 0.3, "layer_decay": 0.5, "warmup_epochs": 1.0}
@@ -635,8 +530,7 @@ TUNING |= {"label_smoothing": 0.1, "batch_size": 8, "epochs": 4, "workers": 0}
 
 def test_finetune_is_a_plain_loop(vit_file, monkeypatch):
     """Warm-up, cosine, rates by layer, decay of matrices alone and smoothing, by hand; mostly in float64."""
-    images = torch.randint(0, 256, (24, 3, 32, 32), generator=torch.Generator().manual_seed(0))
-    labels, rates, sgd = torch.arange(24) % 2, [], torch.optim.SGD.step
+    labels, rates, sgd, pictures = torch.arange(24) % 2, [], torch.optim.SGD.step, Seen([*range(24)], 16)
 
     def watched(self, *rest):
         rates.append([group["lr"] for group in self.param_groups])
@@ -645,201 +539,92 @@ def test_finetune_is_a_plain_loop(vit_file, monkeypatch):
     monkeypatch.setattr(torch.optim.SGD, "step", watched)
     torch.set_default_dtype(DOUBLE)
     try:
-        backbone, slow = (load_backbone(str(vit_file), tunes=True) for _ in range(2))
-        head = eval_linear.finetune(backbone, Rows(images), labels, 2, Args(**TUNING), torch.device("cpu"))
+        backbone, slow = (load_backbone(vit_file, tunes=True) for _ in range(2))
+        head = eval_linear.finetune(backbone, pictures, labels, 2, Args(**TUNING), CPU)
         torch.manual_seed(hash((0, 0)) % 2**32)
-        layer = torch.nn.Linear(128, 2)
-        torch.nn.init.trunc_normal_(layer.weight, std=2e-5)
-        torch.nn.init.zeros_(layer.bias)
+        layer = nn.Linear(32, 2)
+        nn.init.trunc_normal_(layer.weight, std=2e-5), nn.init.zeros_(layer.bias)
     finally:
         torch.set_default_dtype(torch.float32)
+    assert pictures.keys == [(0, epoch) for epoch in range(4) for _ in range(24)]  # of their crops
+
     named = [(name, p) for name, p in slow.net.named_parameters() if p.requires_grad]
     named += [("head.weight", layer.weight), ("head.bias", layer.bias)]
-    sampler = torch.utils.data.distributed.DistributedSampler(Rows(images), 1, 0, seed=0)
-    momentum, step = {name: torch.zeros_like(p) for name, p in named}, 0
+    sampler = torch.utils.data.distributed.DistributedSampler(labels, 1, 0, seed=0)
+    pixels, momentum, step = torch.stack([row for _, row, _ in pictures]), Counter(), 0
     for epoch in range(4):
         sampler.set_epoch(epoch)
         for batch in torch.tensor(list(sampler)).split(8):
             lr = 8 / 256 * (step / 3 if step < 3 else 0.5 + 0.5 * math.cos(math.pi * (step - 3) / 9))
-            log_p = torch.log_softmax(layer(slow(images[batch])), dim=1)
+            log_p = torch.log_softmax(layer(slow(pixels[batch])), dim=1)
             target = 0.05 + 0.9 * torch.eye(2)[labels[batch]]
             grads = torch.autograd.grad(-(target * log_p).sum(dim=1).mean(), [p for _, p in named])
             step += 1
             for (name, p), grad in zip(named, grads, strict=True):
-                place = re.match(r"blocks\.(\d)|patch|cls", name)  # of 6 blocks; norm and head: 7
-                depth = 7 if not place else int(place[1]) + 1 if place[1] else 0
+                place = re.match(r"blocks\.(\d)|patch|cls", name)  # of 3 blocks; norm and head: 4
+                depth = 4 if not place else int(place[1]) + 1 if place[1] else 0
                 decays = p.ndim > 1 and name != "cls_token"
                 momentum[name] = 0.9 * momentum[name] + grad + 0.3 * decays * p.detach()
-                p.data -= lr * 0.5 ** (7 - depth) * momentum[name]
+                p.data -= lr * 0.5 ** (4 - depth) * momentum[name]
+
     found = [p for p in backbone.net.parameters() if p.requires_grad] + [head[0].T, head[1]]
     for (name, expected), p in zip(named, found, strict=True):
-        torch.testing.assert_close(p, expected.detach(), atol=1e-7, rtol=1e-5, msg=name)
-    ratios = torch.tensor(rates[1:], dtype=DOUBLE) / torch.tensor(rates[1:]).amax(dim=1, keepdim=True)
+        assert_close(p, expected.detach(), atol=1e-7, rtol=1e-5, msg=name)
+    ratios = torch.tensor(rates[1:]) / torch.tensor(rates[1:]).amax(dim=1, keepdim=True)
     assert rates[0] == [0.0] * len(rates[0]) and torch.allclose(ratios, ratios[:1]) and len(rates) == 12
-    assert sorted({round(ratio, 6) for ratio in ratios[0].tolist()}) == [
-        round(0.5**i, 6) for i in range(7, -1, -1)
-    ]
-    fixed = torch.load(vit_file, weights_only=True)["state_dict"]["pos_embed"]
-    assert torch.equal(backbone.net.pos_embed.float(), fixed)
+    assert_close(ratios[0].unique(), torch.tensor([0.0625, 0.125, 0.25, 0.5, 1]))
+    assert torch.equal(backbone.net.pos_embed.float(), load(vit_file)["state_dict"]["pos_embed"])
 
 
-def test_finetune_hangs_on_no_worker(vit_file):
-    """Mixing and drop path draw the same, whoever has read the images."""
-    labels, found = torch.arange(16) % 2, []
-    for workers in (0, 1):
-        args = Args(
-            **TUNING | {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.5, "workers": workers, "epochs": 1}
-        )
-        backbone = load_backbone(str(vit_file), tunes=True)
-        pictures = eval_linear.Pictures(list(range(16)), 32, eval_linear.random_crop(32, 0.5))
-        found.append(eval_linear.finetune(backbone, pictures, labels, 2, args, torch.device("cpu"))[0])
-    assert torch.equal(*found)
-
-
-def test_mixing_is_timms(vit_file, monkeypatch):
-    """Targets of timm's Mixup, smoothed by the loss as timm smooths them; drawn anew in each step."""
-    seen, cross_entropy = [], torch.nn.functional.cross_entropy
-    monkeypatch.setattr(
-        eval_linear.F, "cross_entropy", lambda x, y, **k: seen.append(y) or cross_entropy(x, y, **k)
-    )
-    images = torch.randint(0, 256, (8, 3, 32, 32), generator=torch.Generator().manual_seed(0))
-    for mixing in ({"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}):
-        args, seen[:] = Args(**TUNING | {"epochs": 3} | mixing), []
-        backbone = load_backbone(str(vit_file), tunes=True)
-        eval_linear.finetune(backbone, Rows(images), torch.arange(8) % 2, 2, args, torch.device("cpu"))
+def test_mixing_is_timms_and_hangs_on_no_worker(vit_file, monkeypatch):
+    """Targets of timm's Mixup, smoothed by the loss as timm smooths them; drawn anew in each step, as drop
+    path is, whoever has read the images."""
+    seen, found, cross_entropy = [], [], F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda x, y, **k: seen.append(y) or cross_entropy(x, y, **k))
+    both = {"mixup": 0.8, "cutmix": 1.0}
+    for mixing, workers in (({"mixup": 0.8}, 0), ({"cutmix": 1.0}, 0), (both, 0), (both, 1)):
+        args, seen[:] = Args(**TUNING | {"epochs": 3, "workers": workers} | mixing), []
+        backbone = load_backbone(vit_file, tunes=True, drop_path=0.5)
+        pictures = Pictures([*range(8)], 16, eval_linear.random_crop(16, 0.5))
+        found.append(eval_linear.finetune(backbone, pictures, torch.arange(8) % 2, 2, args, CPU)[0])
         shares = [targets.amax(dim=1).min().item() for targets in seen]
         assert len(seen) == 3 and len(set(shares)) == 3 and all(t.shape == (8, 2) for t in seen)
         assert all(torch.allclose(t.sum(dim=1), torch.ones(8)) for t in seen)
-    smooth = timm.data.mixup.mixup_target(torch.tensor([0, 1]), 2, 0.7, 0.1)
-    plain = timm.data.mixup.mixup_target(torch.tensor([0, 1]), 2, 0.7, 0.0)
+        assert torch.stack(seen).max() == 1  # two of one class: not smoothed yet
+    assert torch.equal(*found[2:])
+    smooth, plain = (timm.data.mixup.mixup_target(torch.tensor([0, 1]), 2, 0.7, s) for s in (0.1, 0.0))
     logits = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
-    torch.testing.assert_close(
-        cross_entropy(logits, plain, label_smoothing=0.1), cross_entropy(logits, smooth), rtol=1e-6, atol=0
-    )
+    ours = cross_entropy(logits, plain, label_smoothing=0.1)
+    assert_close(ours, cross_entropy(logits, smooth), rtol=1e-6, atol=0)
 
 
-def test_batches_too_small(vit_file, monkeypatch):
-    net, device = simclr.resnet("resnet18", "imagenet")[0], torch.device("cpu")
-    backbone = eval_linear.Backbone(net, 32, eval_linear.MEAN, eval_linear.STD, "simclr resnet18")
-    with pytest.raises(SystemExit, match="--batch-size 1: 1 of 4 images .* too few for this network"):
-        pictures = Rows(torch.zeros(4, 3, 32, 32))
-        eval_linear.finetune(backbone, pictures, torch.arange(4) % 2, 2, Args(batch_size=1), device)
-    features, labels = clusters(9)
-    for batch_size in (1, 2):  # of 9 images the fifth batch of 2 has one
-        with pytest.raises(SystemExit, match=f"--batch-size {batch_size}: with --probe-norm no batch may"):
-            linear_probe(
-                features, labels, alone(labels), 3, Args(batch_size=batch_size, probe_norm=True, rates=(1.0,))
-            )
+def test_batches_too_small_for_batch_norm_are_refused(monkeypatch):
+    net, labels = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten()), torch.arange(9) % 3
+    backbone = eval_linear.Backbone(net, 16, (0.5,) * 3, (0.5,) * 3, "net")
+
+    def tune(size):
+        args = Args(batch_size=size, epochs=1, workers=0)
+        eval_linear.finetune(backbone, Pictures([*range(4)], 16), labels, 3, args, CPU)
+
+    stopped(lambda: tune(1), "--batch-size 1: 1 of 4 images .* too few for this network")
+    tune(2)
+    assert net[0].num_batches_tracked == 2  # BatchNorm is in train mode
+    args = Args(batch_size=2, probe_norm=True, rates=(1.0,))  # of 9 images the fifth batch has one
+    stopped(lambda: linear_probe(*clusters(9), 3, args), "--batch-size 2: with --probe-norm no batch may")
     monkeypatch.setattr(eval_linear, "processes", lambda: (0, 8))
-    with pytest.raises(SystemExit, match="--batch-size 256: 0 of 4 images for each process"):
-        backbone = load_backbone(str(vit_file), tunes=True)
-        eval_linear.finetune(backbone, pictures, torch.arange(4) % 2, 2, Args(), device)
+    stopped(lambda: tune(256), "--batch-size 256: 0 of 4 images for each process")
 
 
-# Counting: oracles 6 and 7, and labels
+# Counting, labels and processes: oracles 6 and 7
 
 
 def test_accuracy_counts():
     labels = torch.tensor([0] * 9 + [1])
-    result = accuracy(torch.tensor([[1.0, 0.0]]).repeat(10, 1), labels)
-    assert result == {"top1": 90.0, "top5": 100.0, "mean_per_class": 50.0, "n": 10}
-    scores = torch.arange(10.0).repeat(10, 1)
-    result = accuracy(scores, torch.arange(10))
+    expected = {"top1": 90.0, "top5": 100.0, "mean_per_class": 50.0, "n": 10}
+    for classes in (2, 3):  # of a third class nothing is known
+        assert accuracy(torch.eye(classes)[[0] * 10], labels) == expected
+    result = accuracy(torch.arange(10.0).repeat(10, 1), torch.arange(10))
     assert (result["top1"], result["top5"], result["n"]) == (10.0, 50.0, 10)
-
-
-def test_features_in_two_processes_count_every_image_once(tmp_path, backbone_file):
-    run_processes(
-        tmp_path,
-        f"""
-import torch, torch.distributed as dist, eval_linear
-backbone = eval_linear.load_backbone({str(backbone_file)!r})
-pictures = eval_linear.Pictures(list(range(11)), 32)
-alone = eval_linear.extract_features(backbone, pictures, 4)
-dist.init_process_group("gloo")
-both = eval_linear.extract_features(backbone, pictures, 4)
-assert both.shape == (11, 512) and (both - alone).abs().max() < 1e-5 and alone.norm(dim=1).min() > 0.1
-dist.destroy_process_group()
-""",
-    )
-
-
-def test_finetune_in_two_processes_is_finetune_in_one(tmp_path, vit_file):
-    """The same crops, batches and so weights: random numbers hang on seed, epoch and image alone."""
-    run_processes(
-        tmp_path,
-        f"""
-import torch, torch.distributed as dist, eval_linear
-args = eval_linear.Args({str(vit_file)!r}, "finetune", workers=0, batch_size=8, base_lr=1.0, epochs=1)
-items, labels = list(range(40)), torch.arange(40) % 2
-def tuned():
-    backbone = eval_linear.load_backbone(args.backbone, tunes=True)
-    pictures = eval_linear.Pictures(items, 32, eval_linear.random_crop(32, 0.5))
-    weight, bias, _ = eval_linear.finetune(backbone, pictures, labels, 2, args, torch.device("cpu"))
-    return torch.cat([p.detach().flatten() for p in (*backbone.parameters(), weight.T, bias)])
-sampler = eval_linear.DistributedSampler
-class Whole(sampler):
-    def __iter__(self):  # the batches that two processes see together
-        parts = [list(sampler(self.dataset, 2, rank, seed=self.seed, drop_last=True)) for rank in (0, 1)]
-        return iter([i for k in range(0, 20, 4) for part in parts for i in part[k : k + 4]])
-eval_linear.DistributedSampler = Whole
-torch.manual_seed(0)
-alone = tuned()
-eval_linear.DistributedSampler = sampler
-dist.init_process_group("gloo")
-both = tuned()
-assert (both - alone).abs().max() < 1e-5, (both - alone).abs().max()
-start = eval_linear.load_backbone(args.backbone, tunes=True)
-assert (torch.cat([p.detach().flatten() for p in start.parameters()]) - both[: -258]).abs().max() > 1e-4
-dist.destroy_process_group()
-""",
-    )
-
-
-MODES = ("knn", "linear", "logreg")
-
-
-def test_two_processes_write_what_one_writes(tmp_path, backbone_file, monkeypatch):
-    (tmp_path / "photos").mkdir()
-    for i in range(5):
-        simclr.demo_image(i)[0].save(tmp_path / f"photos/{i}.png")
-    for i in range(80):
-        folder = tmp_path / "data" / ("train" if i < 60 else "val") / "ab"[i % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        simclr.demo_image(i)[0].save(folder / f"{i}.png")
-    code = f"""
-import os, torch.distributed as dist, eval_linear
-if os.environ["WORLD_SIZE"] != "1":  # one group for all of it: a second one finds no free port
-    dist.init_process_group("gloo")
-    dist.init_process_group = dist.destroy_process_group = lambda *_: None
-def do(mode, data, **flags):
-    flags |= {{"workers": 0, "device": "cpu", "k": (5,), "epochs": 2}}
-    eval_linear.evaluate(eval_linear.Args({str(backbone_file)!r}, mode, data=data, **flags))
-for mode in ("knn", "linear", "logreg", "features"):
-    do(mode, "data")
-do("predict", "photos")
-do("knn", "demo", labels=40)
-"""
-    written = []
-    for n in (1, 2):
-        printed = run_processes(tmp_path, code, n).stdout
-        assert printed.count("60 labels, 20 test images, 1 repetitions") == 3
-        assert printed.count("5 images, 0 of them cannot be read; by ") == 1
-        found = [json.loads((backbone_file.parent / f"eval-{mode}-data.json").read_text()) for mode in MODES]
-        found = [(result["top1"], result["n"]) for result in found]
-        features = torch.load(backbone_file.parent / "features-data.pt")["features"]
-        predictions = (backbone_file.parent / "predictions-photos.csv").read_text()
-        written.append((found, predictions, features))
-    assert written[0][:2] == written[1][:2]
-    torch.testing.assert_close(written[0][2], written[1][2], atol=1e-5, rtol=1e-5)
-
-
-def test_a_backbone_that_changes_is_noticed(backbone_file):
-    """Oracle 10, the other way: BatchNorm's buffers that move."""
-    backbone = load_backbone(str(backbone_file))
-    backbone.eval = backbone.train
-    with pytest.raises(RuntimeError, match="the frozen backbone has changed"):
-        eval_linear.extract_features(backbone, eval_linear.Pictures(list(range(9)), 32))
 
 
 def test_subsets_and_folds_are_stratified():
@@ -848,428 +633,257 @@ def test_subsets_and_folds_are_stratified():
     counts = labels[chosen].bincount(minlength=10)
     assert len(chosen.unique()) == 47 and sorted(counts.tolist()) == [4] * 3 + [5] * 7
     assert not torch.equal(chosen, eval_linear.stratified_subset(labels, 47, 1))
-    fold = eval_linear.stratified_folds(labels[chosen], alone(chosen), 5, 0)
+    fold = eval_linear.stratified_folds(labels[chosen], torch.arange(47), 5, 0)
     assert max(fold.bincount()) - min(fold.bincount()) <= 1
     assert all(max(fold[labels[chosen] == c].bincount(minlength=5)) == 1 for c in range(10))
 
 
-# Backbones
+def in_two(function):
+    """What function() returns in each of two processes of one group."""
+    return in_processes(lambda rank: (eval_linear.start_processes("cpu", "off"), function())[1])
 
 
-def test_backbone_is_frozen_and_random_is_another(backbone_file):
-    backbone = load_backbone(str(backbone_file))
-    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    mark = eval_linear.fingerprint(backbone)
-    eval_linear.extract_features(backbone.train(), eval_linear.Pictures(list(range(20)), 32))
-    assert all(torch.equal(before[name], tensor) for name, tensor in backbone.state_dict().items())
-    assert eval_linear.fingerprint(backbone) == mark
-    backbone.train()(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))  # moves BatchNorm's buffers
-    assert eval_linear.fingerprint(backbone) != mark
-    marks = {eval_linear.fingerprint(load_backbone(f"random:{backbone_file}", seed)) for seed in (1, 2)}
-    assert len(marks | {mark}) == 3
-    pixels = load_backbone("pixels", side=8)
-    assert pixels(torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)).shape == (2, 192)
+def test_finetune_in_two_processes_is_finetune_in_one(vit_file, monkeypatch):
+    """The same crops, batches and so weights: random numbers hang on seed, epoch and image alone."""
+    args, sampler = Args(workers=0, batch_size=8, base_lr=1.0, epochs=1), eval_linear.DistributedSampler
+
+    class Whole(sampler):
+        def __iter__(self):  # the batches that two processes see together
+            parts = [list(sampler(self.dataset, 2, rank, seed=self.seed, drop_last=True)) for rank in (0, 1)]
+            return iter([i for k in range(0, 20, 4) for part in parts for i in part[k : k + 4]])
+
+    def tuned():
+        backbone = load_backbone(vit_file, tunes=True)
+        pictures = Pictures([*range(40)], 16, eval_linear.random_crop(16, 0.5))
+        weight, bias, _ = eval_linear.finetune(backbone, pictures, torch.arange(40) % 2, 2, args, CPU)
+        return torch.cat([p.detach().flatten() for p in (*backbone.parameters(), weight.T, bias)])
+
+    found = in_two(tuned)
+    monkeypatch.setattr(eval_linear, "DistributedSampler", Whole)
+    expected = tuned()
+    start = torch.cat([p.flatten() for p in load_backbone(vit_file, tunes=True).parameters()])
+    assert (start - expected[: len(start)]).abs().max() > 1e-4
+    for weights in found:
+        assert_close(weights, expected, atol=1e-5, rtol=0)
+
+
+def test_two_processes_write_what_one_writes(vit_file):
+    data, written = class_folders(60, 21), []  # features of an odd number
+
+    def measure(rank):
+        if "RANK" in os.environ:  # one group for all of it: a second one finds no free port
+            dist.init_process_group("gloo")
+            dist.init_process_group = dist.destroy_process_group = lambda *_: None
+        for mode in ("knn", "linear", "logreg", "features", "predict"):
+            evaluate(Args(vit_file, mode, **data, device="cpu", k=(5,), epochs=2))
+
+    for n in (1, 2):
+        first, *others = Forked(measure, n).end()
+        assert first.returncode == 0 and not any(end.returncode or end.stdout for end in others), first.stderr
+        assert first.stdout.count("60 labels, 21 test images, 1 repetitions") == 3
+        files = [f"vit/eval-{mode}-data.json" for mode in ("knn", "linear", "logreg")]
+        top1 = [json.loads(Path(file).read_text())["top1"] for file in files]
+        written.append((top1, Path("vit/predictions-data.csv").read_text(), load("vit/features-data.pt")))
+    assert written[0][:2] == written[1][:2]
+    assert_close(written[0][2]["features"], written[1][2]["features"], atol=1e-5, rtol=1e-5)
+
+
+class Kept(torch.utils.data.Dataset):
+    classes, decoded = ["a", "b"], []
+
+    def __init__(self, root, download, train):
+        self.n = 12 if train else 6
+        if dist.is_initialized():
+            time.sleep(0.2 * (dist.get_rank() == 0))
+            assert dist.get_rank() == 0 or os.path.exists("there")
+            Path("there").touch()
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        self.decoded.append(index)
+        return simclr.demo_image(index)[0], index % 2
+
+
+def test_labels_of_torchvision_sets(monkeypatch):
+    """Where it keeps them no image is decoded; features.pt says which image a row is of; one process
+    downloads; the reason why it cannot be had is of the try that had the right keywords."""
+    monkeypatch.setattr(torchvision.datasets, "Kept", Kept, raising=False)
+    for name in ("targets", "labels", "_labels", "other"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Kept, name, property(lambda self: [i % 2 for i in range(self.n)]), raising=False)
+            _, labels, classes, _, is_test = eval_linear.read_labels("Kept")
+        assert labels.tolist() == [0, 1] * 9 and labels.dtype == torch.int64 and classes == ["a", "b"]
+        assert is_test.tolist() == [False] * 12 + [True] * 6 and len(Kept.decoded) == 18 * (name == "other")
+    evaluate(Args("pixels", "features", data="Kept", side=8, workers=0))
+    assert load("runs/pixels/features-Kept.pt")["items"] == [str(i) for i in [*range(12), *range(6)]]
+    assert in_two(lambda: len(eval_linear.read_labels("Kept").items)) == [18, 18]
+
+    def offline(root, download, train):
+        raise RuntimeError("no network here")
+
+    monkeypatch.setattr(torchvision.datasets, "Offline", offline, raising=False)
+    refused("--data Offline: no folder, no download .no network here.", data="Offline")
+    refused("torchvision has no data set of this name", data="Nonsense")
 
 
 # The user's story, and what goes wrong
 
 
-def write_csv(path, rows):
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([["path", "label"], *rows])
-
-
-def test_47_labels_for_a_flat_folder(photos, tmp_path, backbone_file, monkeypatch):
-    """A flat copy of 400 photos, 47 labels in a csv, logreg in 5 folds, then predictions for all of them."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "flat").mkdir()
-    truth = {}
+def test_47_labels_for_a_flat_folder(photos, resnet_file):
+    """A flat copy of photos, 47 labels in a csv, logreg in 5 folds, then predictions for all of them."""
+    os.mkdir("flat")
     for name in ("airplane", "frog"):
-        for file in sorted((photos / "train" / name).iterdir())[:200]:
-            shutil.copy(file, tmp_path / "flat" / f"{name[0]}{file.name}")
-            truth[f"{name[0]}{file.name}"] = name
-    rows = sorted(truth.items(), key=lambda row: row[0][1:])[:47]
-    write_csv("labels.csv", rows)
-    options = {"backbone": str(backbone_file), "data": "flat", "workers": 0}
-    result = evaluate(Args(mode="logreg", labels_csv="labels.csv", **options))
+        for file in sorted((photos / "train" / name).iterdir())[:80]:
+            shutil.copy(file, f"flat/{file.stem}-{name}.png")
+    names = sorted(os.listdir("flat"))
+    truth = {name: name.split("-")[-1][:-4] for name in names}
+    Path("labels.csv").write_text("\n".join(f"{name},{truth[name]}" for name in names[:47]))
+    result = evaluate(Args(resnet_file, "logreg", data="flat", labels_csv="labels.csv", workers=0))
     assert result["top1"] > 65 and result["n"] == 47 and len(result["results"][0]["choice"]) == 5
-    evaluate(Args(mode="predict", **options))
-    with open(backbone_file.parent / "predictions-flat.csv", newline="") as file:
-        predictions = list(csv.DictReader(file))
-    held_back = [row for row in predictions if row["path"] not in dict(rows)]
-    assert len(predictions) == 400 and len(held_back) == 353
-    assert sum(row["class"] == truth[row["path"]] for row in held_back) / 353 > 0.65
-    assert all(0.5 <= float(row["probability"]) <= 1 for row in predictions)
+    evaluate(Args(resnet_file, "predict", data="flat", workers=0))
+    with open("resnet/predictions-flat.csv", newline="") as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: row["path"])
+    assert [row["path"] for row in rows] == names
+    assert sum(row["class"] == truth[row["path"]] for row in rows[47:]) / 113 > 0.65
+    assert all(0.5 <= float(row["probability"]) <= 1 for row in rows)
 
 
-@pytest.mark.parametrize("mode", ["knn", "logreg", "linear", "features", "finetune"])
-def test_every_mode_on_class_folders(photos, tmp_path, backbone_file, mode, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for split, count in (("train", 30), ("val", 10)):
-        for name in ("airplane", "frog"):
-            (tmp_path / "data" / split / name).mkdir(parents=True)
-            for file in sorted((photos / split / name).iterdir())[:count]:
-                shutil.copy(file, tmp_path / "data" / split / name)
-    options = {
-        "backbone": str(backbone_file),
-        "data": "data",
-        "mode": mode,
-        "workers": 0,
-        "epochs": 3,
-        "k": (5,),
-    }
-    result = evaluate(Args(**options, seeds=2, labels=40, batch_size=16))
-    if mode == "features":
-        features = torch.load(backbone_file.parent / "features-data.pt")["features"]
-        assert features.shape == (80, 512)
-        return
-    assert result["n"] == 20 and result["labels"] == 40 and result["top1"] >= 50 and result["top5"] == 100
-    written = json.loads((backbone_file.parent / f"eval-{mode}-data.json").read_text())
-    keys = {"mode", "top1", "top5", "mean_per_class", "n", "feature", "labels", "seeds", "backbone"}
-    assert keys < set(written) and written["top1"] == result["top1"]
-    if mode == "knn":  # two k: the first is reported, whichever is better
-        both = evaluate(Args(**(options | {"k": (5, 1)})))
-        assert both["top1"] == both["results"][0]["top1"] and len(both["results"]) == 2
-    if mode != "knn":
-        monkeypatch.chdir(backbone_file.parent)
-        evaluate(Args(backbone="backbone.pt", data="../data", mode="predict", workers=0))
-        assert len((backbone_file.parent / "predictions-data.csv").read_text().splitlines()) == 81
+FINETUNE = {"solver": "adamw", "base_lr": 1e-2, "layer_decay": 0.75, "mixup": 0.8, "cutmix": 1.0}
+FINETUNE |= {"label_smoothing": 0.1, "rand_augment": True, "weight_decay": 0.05, "drop_path": 0.1}
 
 
-def test_every_option_of_finetune_together(tmp_path, backbone_file, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    options = {"solver": "adamw", "base_lr": 1e-3, "layer_decay": 0.75, "mixup": 0.8, "cutmix": 1.0}
-    options |= {"label_smoothing": 0.1, "rand_augment": True, "warmup_epochs": 1.0, "weight_decay": 0.05}
-    result = evaluate(
-        Args(str(backbone_file), "finetune", labels=64, epochs=2, batch_size=16, workers=0, **options)
-    )
-    assert result["labels"] == 64 and result["n"] == 2048
+def test_every_mode_on_class_folders_in_repetitions(vit_file):
+    """Mean and sample deviation of repetitions, the first k of k-NN; a head that predicts; every option."""
+    deviations, data = [], class_folders(32, 20)
+    options = {"knn": {"k": (5, 1)}, "logreg": {"layers": (-2, -1)}, "linear": {}, "finetune": FINETUNE}
+    for mode, flags in options.items():
+        args = {"backbone": vit_file, "mode": mode, "labels": 16, "epochs": 2, "batch_size": 8} | data | flags
+        result = evaluate(Args(**args, seed=3, seeds=2))
+        assert json.loads(Path(f"vit/eval-{mode}-data.json").read_text()) == json.loads(json.dumps(result))
+        rows = [row for row in result["results"] if row["row"] == ("k 5" if mode == "knn" else mode)]
+        assert len(result["results"]) == (4 if mode == "knn" else 2) and result["top5"] == 100
+        top1 = [row["top1"] for row in rows]
+        deviations.append(result["top1_std"])
+        assert (result["n"], result["labels"], result["top1"]) == (20, 16, pytest.approx(sum(top1) / 2))
+        assert result["top1_std"] == pytest.approx(statistics.stdev(top1), abs=1e-4)
+        assert result["network"] == f"mae vit_nano {'mean' if mode == 'finetune' else 'cls'}"
+        if mode == "logreg":
+            assert evaluate(Args(**args, seed=4))["results"] == rows[1:]
+        if mode != "knn":
+            assert evaluate(Args(vit_file, "predict", **data)) == {"n": 52, "unreadable": 0}
+    assert max(deviations) > 0
+    evaluate(Args(f"random:{vit_file}", "logreg", seeds=2, **data))  # untrained weights keep their seed
+    assert evaluate(Args(f"random:{vit_file}", "predict", **data))["n"] == 52
+    assert Path("vit/random-predictions-data.csv").exists()
 
 
-def test_finetune_starts_each_fold_from_the_backbone(tmp_path, backbone_file, monkeypatch):
-    """What a fold has seen must not reach the next one, which is tested on it."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "flat").mkdir()
-    for i in range(15):
-        simclr.demo_image(i)[0].save(tmp_path / f"flat/{i}.png")
-    write_csv("two.csv", [(f"{i}.png", "ab"[i % 2]) for i in range(15)])
-    started, tune = [], eval_linear.finetune
-
-    def watched(backbone, *rest):
-        started.append(eval_linear.fingerprint(backbone))
-        return tune(backbone, *rest)
-
-    monkeypatch.setattr(eval_linear, "finetune", watched)
-    options = {"data": "flat", "labels_csv": "two.csv", "epochs": 1, "workers": 0}
-    result = evaluate(Args(str(backbone_file), "finetune", **options))
-    assert result["n"] == 15 and len(started) == 6 and len(set(started)) == 1
-
-
-def test_watch_follows_a_run(tmp_path, backbone_file):
-    """k-NN of each backbone.pt that appears, also when the file is replaced while it is read."""
-    import signal
-    import subprocess
-    import sys
-    import time
-
+def test_watch_follows_a_run(vit_file, monkeypatch):
+    """The command: k-NN of each backbone.pt that appears, also when it is replaced; Ctrl-C ends it quietly,
+    also while it measures."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = backbone_file.parent
-    words = [sys.executable, eval_linear.__file__, "--watch", str(run), "--labels", "50", "--workers", "0"]
-    listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # in the background too
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(words, text=True, **pipes, **listening)
-
-    def steps():
-        board = EventAccumulator(str(run)).Reload()
-        return [event.step for event in board.Scalars("eval/knn_top1")] if board.Tags()["scalars"] else []
-
     def wait_for(expected):
-        start = time.time()
-        while steps() != expected:
-            assert process.poll() is None and time.time() - start < 120, steps()
+        steps, start = [], time.time()
+        while steps != expected:
+            assert time.time() - start < 90, steps
             time.sleep(0.5)
+            board = EventAccumulator("vit").Reload()
+            tags = board.Tags()["scalars"]
+            steps = [event.step for event in board.Scalars("eval/knn_top1")] if tags else []
 
+    class_folders(8, 4)
+    monkeypatch.setattr(sys, "argv", "eval_linear.py --watch vit --data data --workers 0".split())
+    command = Forked(lambda rank: len(runpy.run_path(eval_linear.__file__, run_name="__main__")))
     try:
         wait_for([0])  # no metrics.jsonl yet
-        (run / "metrics.jsonl").write_text('{"step": 5}\n{"step": 10}\n')
-        state = torch.load(backbone_file, weights_only=True)
-        simclr.save_checkpoint(backbone_file, **state)
+        Path("vit/metrics.jsonl").write_text('{"step": 5}\n{"step": 10}\n')
+        simclr.save_checkpoint(vit_file, **load(vit_file))
         wait_for([0, 10])
     finally:
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Traceback" not in output, output
+        os.kill(command.pids[0], signal.SIGINT)
+    (end,) = command.end()
+    assert end.returncode == 0 and "Traceback" not in end.stdout + end.stderr
+    monkeypatch.setattr(eval_linear, "extract_features", mock.Mock(side_effect=KeyboardInterrupt))
+    assert evaluate(Args(watch="vit", data="data", workers=0)) == {}
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    stopped(lambda: eval_linear.follow(Args(watch="vit"), CPU, None), "--watch vit: works without torchrun")
 
 
-def test_watch_ends_as_quietly_while_it_measures(tmp_path, monkeypatch, backbone_file):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(eval_linear, "extract_features", interrupted)
-    assert evaluate(Args(watch=str(backbone_file.parent), labels=50, workers=0)) == {}
-
-
-def flat(tmp_path, n):
-    (tmp_path / "flat").mkdir()
-    for i in range(n):
-        simclr.demo_image(i)[0].save(tmp_path / f"flat/{i}.png")
-    write_csv(tmp_path / "two.csv", [(f"{i}.png", "ab"[i % 2]) for i in range(n)])
-    return {"data": str(tmp_path / "flat"), "labels_csv": str(tmp_path / "two.csv"), "workers": 0}
-
-
-def test_rows_are_by_the_k_asked_for(tmp_path, monkeypatch, capsys):
-    """Also where folds have fewer labels, each another number of them; the labels are those of a fold."""
-    monkeypatch.chdir(tmp_path)
-    result = evaluate(Args("pixels", "knn", side=8, k=(20, 200, 20), **flat(tmp_path, 12)))
+def test_five_folds(vit_file, monkeypatch, capsys):
+    """Rows are by the k asked for, also where folds have fewer labels; the head learns from as many labels as
+    the folds; fine-tuning starts each fold from the backbone, not from what has seen its test images."""
+    started, learnt, tune = set(), [], eval_linear.finetune
+    result = evaluate(Args("pixels", "knn", side=2, k=(20, 200, 20), **flat(12)))
     assert len(result["results"]) == 2 and result["n"] == 12 and result["labels"] == 10
     assert [choice["used"] for choice in result["results"][0]["choice"]] == [9, 9, 10, 10, 10]
     assert result["top1"] == result["results"][0]["top1"] and result["results"][0]["row"] == "k 20"
     printed = capsys.readouterr().out
     assert "10 labels, 12 test images" in printed and printed.count("+-") == 2
 
+    def watched(net, pictures, *rest):
+        started.add(eval_linear.fingerprint(net))
+        learnt.append(len(pictures))
+        return tune(net, pictures, *rest)
 
-@pytest.mark.parametrize("how", [{"labels": 6}, {}])
-def test_the_head_learns_from_as_many_labels_as_the_folds(tmp_path, monkeypatch, how):
-    monkeypatch.chdir(tmp_path)
-    learnt, fit = [], eval_linear.logreg
-    monkeypatch.setattr(eval_linear, "logreg", lambda x, *rest: learnt.append(len(x)) or fit(x, *rest))
-    result = evaluate(Args("pixels", "logreg", side=8, **how, **flat(tmp_path, 15)))
-    assert learnt == ([6] * 6 if "labels" in how else [12] * 5 + [15]) and result["labels"] == learnt[0]
-    written = json.loads(next((tmp_path / "runs/pixels").glob("eval-logreg-*flat*two.json")).read_text())
-    assert written["labels"] == learnt[0] and not list(tmp_path.rglob("*.tmp"))
-
-
-def test_features_that_are_not_finite(backbone_file, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    state = torch.load(backbone_file, weights_only=True)
-    state["state_dict"]["conv1.weight"][0] = math.nan
-    torch.save(state, backbone_file)
-    for mode in ("knn", "logreg", "features"):
-        data = flat(tmp_path / mode, 10) if (tmp_path / mode).mkdir() is None else {}
-        with pytest.raises(SystemExit, match="simclr resnet18: its features are not finite; give --amp off"):
-            evaluate(Args(str(backbone_file), mode, **data))
-    assert not list(backbone_file.parent.glob("eval-*"))
+    monkeypatch.setattr(eval_linear, "finetune", watched)
+    head = torch.zeros(32, 2), torch.zeros(2), {}
+    monkeypatch.setattr(eval_linear, "logreg", lambda x, *rest: learnt.append(len(x)) or head)
+    for mode, flags in (("logreg", {"labels": 6}), ("logreg", {}), ("finetune", {"epochs": 1})):
+        learnt.clear()
+        result = evaluate(Args(vit_file, mode, **flags, **flat(15)))
+        assert learnt == ([6] * 6 if "labels" in flags else [12] * 5 + [15])
+        assert result["labels"] == learnt[0] and result["n"] == 15 and not [*Path().rglob("*.tmp")]
+    assert len(started) == 1
 
 
-def test_flags_without_effect(backbone_file, vit_file, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name, value in (("layers", (-4, -1)), ("feature", "mean"), ("drop_path", 0.1)):
-        flag = name.replace("_", "-")
-        for path in (str(backbone_file), "pixels"):
-            refused(
-                f"--{flag}: has no effect on .*leave it out", backbone=path, mode="finetune", **{name: value}
-            )
-    refused("--drop-path: is for --mode finetune", backbone=str(vit_file), mode="knn", drop_path=0.1)
-    refused("--layers: has no effect", backbone=str(vit_file), mode="finetune", layers=(1,))
-    net = torchvision.models.get_model("squeezenet1_0", num_classes=2)
-    model = eval_linear.Classifier(eval_linear.Backbone(net, 64, (0.5,) * 3, (0.5,) * 3, "net"), 2)
-    with pytest.raises(SystemExit, match="--layer-decay 0.7: finds no layers"):
-        eval_linear.layer_groups(model, 0.0, 0.7)
-    assert {group["lr_scale"] for group in eval_linear.layer_groups(model, 0.0, 1.0)} == {1.0}
-    net = timm.create_model("test_convnext", num_classes=0)  # has stages, but a stem of another name
-    model = eval_linear.Classifier(eval_linear.Backbone(net, 64, (0.5,) * 3, (0.5,) * 3, "net"), 2)
-    with pytest.raises(SystemExit, match="--layer-decay 0.7: finds no layers"):
-        eval_linear.layer_groups(model, 0.0, 0.7)
+def test_protocols_in_the_results_parse():
+    """RESULTS.md: each paper's flags are flags, with the sheet's numbers."""
+    rows = re.findall(r"^\| (.+?) \| `(--mode .+?)`", (ROOT / "RESULTS.md").read_text(), re.M)
+    found = {name: tyro.cli(Args, args=flags.split()) for name, flags in rows}
+    assert len(found) == 9 and found["SimCLR, linear (B.6)"].batch_size == 4096
+    assert found["BYOL, linear (C.1)"].rates == (0.4, 0.3, 0.2, 0.1, 0.05)
+    moco, dino = found["MoCo v1, v2, linear"], found["DINO, linear, ViT-S"]
+    assert (moco.rates, moco.solver) == ((30.0,), "sgd")
+    assert (dino.layers, dino.epochs, dino.rates, dino.augment) == ((-4, -3, -2, -1), 100, (0.001,), True)
+    probe, mae = found["MAE, linear (Table 10)"], found["MAE, fine-tuned, ViT-B"]
+    assert (probe.probe_norm, probe.warmup_epochs, probe.epochs, probe.solver) == (True, 10.0, 90, "sgd")
+    assert (mae.base_lr, mae.layer_decay, mae.warmup_epochs, mae.epochs) == (5e-4, 0.65, 5.0, 100)
+    assert (mae.drop_path, mae.mixup, mae.cutmix, mae.label_smoothing) == (0.1, 0.8, 1.0, 0.1)
+    assert (mae.weight_decay, mae.batch_size, mae.feature, mae.solver) == (0.05, 1024, "mean", "adamw")
 
 
-class Kept(torch.utils.data.Dataset):
-    """A torchvision data set that keeps its labels and counts the images decoded."""
-
-    decoded = 0
-
-    def __init__(self, root, download, train):
-        self.classes, self.n = ["a", "b"], 12 if train else 6
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, index):
-        type(self).decoded += 1
-        return simclr.demo_image(index)[0], index % 2
-
-
-@pytest.mark.parametrize("name", ["targets", "labels", "_labels", ""])
-def test_labels_of_a_torchvision_set(tmp_path, monkeypatch, name):
-    """Where it keeps them no image is decoded; features.pt says which image a row is of."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torchvision.datasets, "Kept", Kept, raising=False)
-    monkeypatch.setattr(Kept, name or "other", property(lambda self: [i % 2 for i in range(self.n)]), False)
-    monkeypatch.setattr(Kept, "decoded", 0)
-    _, labels, classes, _, is_test = eval_linear.read_labels("Kept")
-    assert labels.tolist() == [0, 1] * 9 and labels.dtype == torch.int64 and is_test.sum() == 6
-    assert classes == ["a", "b"] and Kept.decoded == (0 if name else 18)
-    evaluate(Args("pixels", "features", data="Kept", side=8, workers=0))
-    items = torch.load(tmp_path / "runs/pixels/features-Kept.pt", weights_only=True)["items"]
-    assert items == [str(i) for i in [*range(12), *range(6)]]
-
-
-def test_why_a_data_set_cannot_be_had(monkeypatch):
-    """The reason of the try that had the right keywords."""
-
-    class Offline:
-        def __init__(self, root, download, train):
-            raise RuntimeError("no network here")
-
-    monkeypatch.setattr(torchvision.datasets, "Offline", Offline, raising=False)
-    with pytest.raises(SystemExit, match="--data Offline: no folder, no download .no network here."):
-        eval_linear.read_labels("Offline")
-    with pytest.raises(SystemExit, match="torchvision has no data set of this name"):
-        eval_linear.read_labels("Nonsense")
-
-
-def test_one_process_downloads(tmp_path):
-    run_processes(
-        tmp_path,
-        """
-import os, time, torchvision, torch.distributed as dist, eval_linear
-class Slow:
-    classes, targets = ["a", "b"], [0, 1]
-    def __init__(self, root, download, train):
-        if dist.get_rank():
-            assert os.path.exists("there")
-        time.sleep(0.5)
-        open("there", "w").close()
-    def __len__(self):
-        return 2
-torchvision.datasets.Slow = Slow
-dist.init_process_group("gloo")
-assert len(eval_linear.read_labels("Slow").items) == 4
-try:
-    eval_linear.evaluate(eval_linear.Args(watch=".", device="cpu", labels=0))
-except (SystemExit, ValueError) as error:
-    assert "--watch .: works without torchrun" in str(error) or "twice" in str(error), error
-dist.destroy_process_group()
-""",
-    )
-
-
-def test_pictures_without_augmentation(tmp_path):
-    """Above 32 pixels the middle 87.5 % of each side, resized; at most 32 the whole."""
-    from PIL import Image
-
-    image = Image.frombytes("RGB", (128, 160), torch.arange(128 * 160 * 3).byte().numpy().tobytes())
-    image = image.resize((16, 20)).resize((128, 160))  # smooth
-    image.save(tmp_path / "a.png")
-    for side, cut in ((64, 8), (32, 0)):
-        box = cut, 16 + cut, 128 - cut, 144 - cut  # of the square in the middle
-        slow = image.resize((side, side), Image.BICUBIC, box=box)
-        found = eval_linear.Pictures([str(tmp_path / "a.png")], side)[0][1]
-        assert torch.equal(found, torchvision.transforms.v2.functional.pil_to_tensor(slow))
-
-
-def refused(match, **options):
-    with pytest.raises(SystemExit, match=match) as stop:
-        evaluate(Args(workers=0, **options))
-    assert "\n" not in str(stop.value)
-
-
-def test_bad_input_for_a_vit(vit_file, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    refused("--layers .*give some of -6 .. 5", backbone=str(vit_file), layers=(99,))
-    refused("--side 50: must be a multiple of the patches' 8 pixels", backbone=str(vit_file), side=50)
-    options = {"labels": 40, "epochs": 2, "batch_size": 20}
-    diverges = {"backbone": str(vit_file), "mode": "finetune", "base_lr": 1e12}
-    refused("--mode finetune: the loss is .* in epoch .*; lower --base-lr", **diverges, **options)
-    monkeypatch.setattr(eval_linear, "check_flags", lambda *_: None)  # which refuses such rates
-    diverges = {"backbone": str(vit_file), "rates": (1e38,)}
-    refused("--mode linear: weights are not finite; lower --rates", **diverges, **options)
-    assert not (vit_file.parent / "head.pt").exists()
-
-
-def test_untrained_weights_keep_their_seed_for_predict(tmp_path, backbone_file, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "photos").mkdir()
-    simclr.demo_image(3)[0].save(tmp_path / "photos/a.png")
-    backbone = f"random:{backbone_file}"
-    evaluate(Args(backbone, "logreg", labels=30, seeds=2, workers=0))
-    assert evaluate(Args(backbone, "predict", data="photos", workers=0))["n"] == 1
-    assert (backbone_file.parent / "random-predictions-photos.csv").exists()
-
-
-def test_bad_input(tmp_path, backbone_file, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "flat").mkdir()
-    for i in range(8):
-        simclr.demo_image(i)[0].save(tmp_path / "flat" / f"{i}.png")
-    good = {"backbone": str(backbone_file), "data": "flat"}
-    write_csv("missing.csv", [("0.png", "a"), ("nine.png", "b")])
-    refused("missing.csv: names 1 missing files, first flat/nine.png", **good, labels_csv="missing.csv")
-    write_csv("one.csv", [("0.png", "a"), ("1.png", "a")])
-    refused(r"one.csv: has one class \(a 2\), two or more are needed", **good, labels_csv="one.csv")
-    write_csv("few.csv", [(f"{i}.png", f"class{i}") for i in range(5)])
-    refused("few.csv: each class has one image or group: none can", **good, labels_csv="few.csv", mode="knn")
-    write_csv("four.csv", [(f"{i}.png", "ab"[i % 2]) for i in range(4)])
-    refused("4 images or groups are too few for 5 folds", **good, labels_csv="four.csv", mode="knn")
-    refused("nowhere.csv: .*No such file", **good, labels_csv="nowhere.csv")
-    refused("--data flat: no class folder around flat/0.png; give --labels-csv", **good)
-    refused("no folder, no download", backbone=str(backbone_file), data="nowhere")
-    refused("no such file, nor a network of torchvision; python simclr.py trains one", backbone="nothing.pt")
-    (tmp_path / "bad.pt").write_text("no weights")
-    refused("bad.pt: cannot be loaded", backbone="bad.pt")
-    refused(
-        "--head run/head.pt: missing or damaged; --mode logreg",
-        **good | {"backbone": "run/backbone.pt"},
-        mode="predict",
-    )
-    refused("--layer-decay 2.0: must be above 0 and at most 1", **good, layer_decay=2.0)
-    flags = {"backbone": "pixels", "labels": 9999, "mode": "knn"}
-    refused("--labels 9999: must be 10, one of each class, to all 4096", **flags)
-    refused("--k .*must be above 0", backbone="pixels", k=(0,))
-    refused(
-        "--warmup-epochs 9.0: must be at least 0 and at most 3",
-        backbone="pixels",
-        warmup_epochs=9.0,
-        epochs=3,
-    )
-    refused("--warmup-epochs 31.0: .*at most 30", backbone="pixels", warmup_epochs=31.0, mode="finetune")
-    refused("--warmup-epochs 101.0: .*at most 100", backbone="pixels", warmup_epochs=101.0)
-    refused("--watch run/nowhere: no such folder", backbone="pixels", watch="run/nowhere")
-    assert not (tmp_path / "run/nowhere").exists()
-    (tmp_path / "long.csv").write_text("0.png," + 2**18 * "a")
-    refused("long.csv: field larger than field limit", **good, labels_csv="long.csv")
-    state = torch.load(backbone_file, weights_only=True)
-    weights = {f"module.{name}": tensor for name, tensor in state["state_dict"].items()}
-    torch.save(state | {"state_dict": weights}, "prefix.pt")
-    refused("prefix.pt: cannot be loaded", backbone="prefix.pt", mode="knn")
-    (tmp_path / "empty").mkdir()
-    refused("empty: no images found", backbone=str(backbone_file), data="empty", mode="features")
-    refused("empty: no images found", backbone=str(backbone_file), data="empty", mode="knn")
+def test_bad_flags_and_files(vit_file, resnet_file, monkeypatch):
+    data, head = flat(8), "vit/head-logreg-flat-two.pt"
+    Path("bad.pt").write_text("no weights")
     torch.save({"model": {}}, "official.pt")
-    refused("official.pt: cannot be loaded", backbone="official.pt")
-    write_csv("two.csv", [(f"{i}.png", "ab"[i % 2]) for i in range(8)])
-    evaluate(Args(**good, labels_csv="two.csv", mode="logreg", workers=0))
-    refused(
-        "was trained on another backbone",
-        backbone="pixels",
-        data="flat",
-        mode="predict",
-        head="run/head-logreg-flat-two.pt",
-    )
-
-
-def test_published_networks_of_torchvision_and_timm(monkeypatch):
-    """Their last linear layer is off, their side and statistics are their own; no download in this test."""
-    get_model, create_model = torchvision.models.get_model, timm.create_model
-    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: get_model(name))
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **k: create_model(name, **k))
-    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
-    for name, dim, layer in (("resnet18", 512, "fc"), ("vit_b_32", 768, "heads"), ("squeezenet1_0", 0, "")):
-        torch.manual_seed(0)
-        if not dim:
-            with pytest.raises(SystemExit, match="--backbone squeezenet1_0: cannot be loaded"):
-                load_backbone(name)
-            continue
-        backbone = load_backbone(name).eval()
-        torch.manual_seed(0)
-        theirs = get_model(name).eval()
-        setattr(theirs, layer, torch.nn.Identity())
-        with torch.no_grad():
-            pixels = (images / 255 - torch.tensor(eval_linear.MEAN).view(3, 1, 1)) / backbone.std
-            torch.testing.assert_close(backbone(images), theirs(pixels), atol=1e-4, rtol=1e-4)
-        assert (backbone.dim, backbone.side, backbone.name) == (dim, 224, name)
-    backbone = load_backbone("timm:vit_tiny_patch16_224", side=64).eval()
-    assert backbone(images[..., :64, :64]).shape == (2, 192) and backbone.side == 64
-    assert backbone.mean.flatten().tolist() == [0.5] * 3
-    with pytest.raises(SystemExit, match="--backbone timm:vit_nonsense: cannot be loaded"):
-        load_backbone("timm:vit_nonsense")
+    for name in ("bad.pt", "official.pt"):
+        refused(f"{name}: cannot be loaded", name, **data)
+    refused("no such file, nor a network of torchvision; python simclr.py trains one", "nothing.pt", **data)
+    refused("--head vit/head.pt: missing or damaged; --mode logreg", vit_file, "predict", data="flat")
+    evaluate(Args(vit_file, "logreg", **data))
+    refused("was trained on another backbone", "pixels", "predict", data="flat", head=head)
+    data = class_folders(8, 4)
+    for match, path, mode, flags in (
+        ("--labels 9: must be 2, one of each class, to all 8", "pixels", "knn", {"labels": 9}),
+        ("--k .*must be above 0", "pixels", "knn", {"k": (0,)}),
+        ("--layer-decay 2.0: must be above 0 and at most 1", vit_file, "finetune", {"layer_decay": 2.0}),
+        ("--warmup-epochs 4.0: .* at most 3", "pixels", "linear", {"warmup_epochs": 4.0, "epochs": 3}),
+        ("--warmup-epochs 31.0: .*at most 30", vit_file, "finetune", {"warmup_epochs": 31.0}),
+        ("--watch nowhere: no such folder", "pixels", "linear", {"watch": "nowhere"}),
+        ("--layers: has no effect on .*leave it out", resnet_file, "knn", {"layers": (-4, -1)}),
+        ("--layers: has no effect", vit_file, "finetune", {"layers": (1,)}),
+        ("--feature: has no effect on .*leave it out", "pixels", "knn", {"feature": "mean"}),
+        ("--drop-path: has no effect on .*leave it out", resnet_file, "finetune", {"drop_path": 0.1}),
+        ("--layers .*give some of -3 .. 2", vit_file, "knn", {"layers": (99,)}),
+        ("--side 50: must be a multiple of the patches' 8 pixels", vit_file, "knn", {"side": 50}),
+        ("--base-lr: is for --mode finetune, not linear; leave it", "pixels", "linear", {"base_lr": 0.1}),
+        ("--rates: is for --mode linear, not logreg", "pixels", "logreg", {"rates": (0.1,)}),
+        ("--head: is for --mode predict, not knn", "pixels", "knn", {"head": "x.pt"}),
+        ("the loss is .* in epoch .*; lower --base-lr", vit_file, "finetune", {"base_lr": 1e12}),
+    ):
+        refused(match, path, mode, **{"batch_size": 4} | data | flags)
+    monkeypatch.setattr(eval_linear, "check_flags", lambda *_: None)  # which refuses such rates
+    refused("--mode linear: weights are not finite; lower --rates", vit_file, rates=(5e39,), epochs=9, **data)
+    assert [str(path) for path in Path("vit").glob("head*")] == [head]
