@@ -34,7 +34,6 @@ TRAINING = [
         for node in ast.parse(path.read_text()).body
     )
 ]
-REPRESENTATIVES = {"simclr"}  # for `shared`
 # Flags that make a run tiny, for scripts whose defaults are not tiny enough.
 TINY = {
     "beit": {"tokens": 32, "tokenizer_dim": 8, "tokenizer_epochs": 1},
@@ -45,14 +44,6 @@ TINY = {
     "moco": {"bn_splits": 1},
     "moco_v3": {"hidden_dim": 64},
 }
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """What all scripts have word for word runs on one of them; on all in `make test-all`."""
-    for item in items:
-        if item.get_closest_marker("shared") and item.callspec.params["script"] not in REPRESENTATIVES:
-            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -25,8 +25,8 @@ from conftest import (
     tensors_of,
     tiny_args,
 )
+from PIL import Image
 from timm.models.beit import gen_relative_position_index
-from torchvision.io import read_image
 from torchvision.transforms.v2 import functional as TF
 
 import beit
@@ -505,7 +505,7 @@ def test_first_stage_learns_and_the_codes_are_used(small, monkeypatch):
     assert first[-1]["dvae/error"] < 0.5 * first[0]["dvae/error"] and first[-1]["dvae/perplexity"] > 2
     assert second[-1]["beit/masked_accuracy"] > second[-1]["beit/majority"]
     assert not any(line["monitor/alarm"] for line in first + second)
-    page = read_image("run/tokenizer/painted.png") / 255
+    page = TF.pil_to_tensor(Image.open("run/tokenizer/painted.png")) / 255
     assert page.shape == (3, 2 * 18 + 2, 8 * 18 + 2)
     above, below = page[:, 2:18], page[:, 20:36]
     assert 0 < (above - below).square().mean() * 4 < 2 * first[-1]["dvae/error"]

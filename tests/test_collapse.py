@@ -153,11 +153,11 @@ ON_DEMO = {
     "clip": {"lr": 1e-3},
     "dino": THAWED,
     "dinov2": THAWED | {"layer_scale": 1.0, "momentum": 0.9},
-    "ijepa": {"lr": 1e-2, "patch_size": 4},
+    "ijepa": {"lr": 1e-2, "image_size": 8, "patch_size": 2},
     "mae": {"base_lr": 0.1, "epochs": 4},
     "moco": {"base_lr": 0.7},
     "moco_v3": {"base_lr": 0.08},
-    "pretext": {"base_lr": 0.4, "min_scale": 1.0, "epochs": 4},
+    "pretext": {"base_lr": 0.2, "min_scale": 1.0, "epochs": 6, "batch_size": 64},
     "simclr": {"base_lr": 1.0},
 }
 ON_PHOTOS = {
@@ -180,7 +180,7 @@ def small_resnet(arch, stem):
 
 @pytest.fixture(params=["demo", pytest.param("photos", marks=pytest.mark.slow)])
 def short(script, request, monkeypatch):
-    """Flags of a run of 32 steps, of two scripts 64, on the demo, or of 156 on photos."""
+    """Flags of a run of 32 to 64 steps on the demo, or of 156 on photos."""
     if request.param == "photos":
         data = photos = request.getfixturevalue("photos")
         if script == "clip":
