@@ -410,7 +410,7 @@ def test_metrics_by_hand(generator):
 
 @pytest.mark.parametrize("task", ["jigsaw", "colorization"])
 def test_random_labels_ring_the_alarm(task, folder, capsys, monkeypatch):
-    """The control of rotation is in test_contract.py; targets of other images are random ones."""
+    """The control of rotation is in test_collapse.py; targets of other images are random ones."""
     kind = pretext.TASKS[task]
     make = kind.make
 
