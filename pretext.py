@@ -212,6 +212,7 @@ def colour_weights(data, bins, args):
             pairs += torch.bincount(pair.flatten(), share.flatten(), n * n)
             gray += (~coloured).sum().item()
     except OSError as error:  # no image can be read
+        traceback.clear_frames(error.__traceback__)  # or the loader lives on and waits for its workers
         sys.exit(str(error).splitlines()[-1])
     if gray > 0.9 * len(keys):
         sys.exit(f"--task colorization: {gray} of {len(keys)} images are gray; take rotation or jigsaw")

@@ -140,7 +140,7 @@ SAFEGUARDS = {
     "mae": [(random_targets, "no better than a mean")],
     "moco": [({"negatives": False}, "directions|one way")],
     # with its own momentum z falls from 85 directions to 7.6 in 150 steps
-    "moco_v3": [({"negatives": False, "momentum": 0.0}, "directions|by chance")],
+    "moco_v3": [({"negatives": False, "momentum": 0.0}, "by chance")],
     "pretext": [(random_turns, "no better than one answer to all")],
     "simclr": [({"negatives": False}, "directions|one way")],
 }

@@ -34,7 +34,7 @@ LINES = {
     "mae": (796, 369, 110),
     "moco": (811, 384, 110),
     "moco_v3": (831, 404, 110),
-    "pretext": (940, 513, 120),
+    "pretext": (941, 514, 120),
     "simclr": (789, 362, 110),
 }
 FUNCTION, CHARACTERS, PARAGRAPH = 45, 58, 12
