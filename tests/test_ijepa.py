@@ -381,12 +381,15 @@ def test_a_run_passes_its_flags_on(trained):
 
 
 def test_exported_backbone_is_the_target_encoder(trained, generator):
-    """eval_linear.py's ViT on backbone.pt gives the mean of the target encoder's tokens."""
+    """timm's ViT of backbone.pt, and eval_linear.py's, give the mean of the target encoder's tokens."""
     model, path = IJEPA("vit_nano", 32, 8), str(trained.folder / "backbone.pt")
     model.load_state_dict(trained.states[-1]["model"])
-    x = torch.randn(3, 3, 32, 32, generator=generator)
+    x, saved = torch.randn(3, 3, 32, 32, generator=generator), load(path)
+    theirs = timm.models.VisionTransformer(**saved["arch_args"]).eval()
+    theirs.load_state_dict(saved["state_dict"])
     with torch.no_grad():
         features = features_of(eval_linear.load_backbone(path).eval(), x)
+        torch.testing.assert_close(features, theirs(x), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(features, model.target_encoder(x).mean(dim=1), atol=1e-5, rtol=1e-5)
         assert not torch.allclose(features, model.encoder(x).mean(dim=1), atol=1e-3)
     with pytest.raises(SystemExit, match="the network has no .CLS., use mean"):
@@ -432,11 +435,11 @@ def test_two_processes_are_one(folder, stop_gradient):
 def test_bad_flags(tmp_path):
     for patch_size in (5, 16):
         match = f"^--image-size 32: give 4, 5, .. times --patch-size {patch_size}$"
-        refused("ijepa", match, patch_size=patch_size)
+        refused("ijepa", match, patch_size=patch_size, epochs=0)
     most = {"target_scale": ((0.2, 0.6), 0.5), "targets": (17, 16), "momentum": (1.5, 1)}
     for name, (value, allowed) in most.items():
-        refused("ijepa", f"^--{name.replace('_', '-')} .* and at most {allowed}$", **{name: value})
-    refused("ijepa", "^--final-weight-decay -0.1: must be at least 0 ", final_weight_decay=-0.1)
+        refused("ijepa", f"^--{name.replace('_', '-')} .* and at most {allowed}$", **{name: value}, epochs=0)
+    refused("ijepa", "^--final-weight-decay -0.1: must be at least 0 ", final_weight_decay=-0.1, epochs=0)
     assert not list(tmp_path.iterdir())
 
 
