@@ -11,7 +11,7 @@ test: .venv/dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow tests tests/mutants.py
 
 lint: .venv/dev
 	$(BIN)/ruff check --no-cache .
