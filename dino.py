@@ -331,7 +331,7 @@ def dino_loss(student_logits, teacher_logits, center, student_temp, teacher_temp
 
 @torch.no_grad()
 def update_center(center, teacher_logits, m):
-    """c <- m c + (1 - m) mean of teacher logits (2, B, K) of all processes, after the loss. Uses gather."""
+    """c <- m c + (1 - m) mean of all teacher logits (2, B, K), after the loss. Uses gather."""
     mean = teacher_logits.to(center.dtype).mean(dim=(0, 1))
     return center.lerp_(gather(mean[None]).mean(dim=0, keepdim=True), 1 - m)
 

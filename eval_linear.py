@@ -10,7 +10,7 @@ Every method is measured here, on the same images and labels (protocols: 2002.05
   linear    the papers' probe: SGD on one linear layer, the best of a grid of rates on labels kept out
   finetune  the whole network and a linear layer; of random:FILE it is training from scratch
   features  of every image, into features.pt for code of your own; predict: classes of every image, by the
-            newest head, into predictions.csv
+            newest head, into predictions-DATA.csv
 Frozen means eval mode and not a bit changed, buffers included. No choice sees the test images.
 
 Probe:     python eval_linear.py --backbone runs/simclr/backbone.pt --mode linear
@@ -285,6 +285,9 @@ def csv_rows(data, file):
     if any(groups) and not all(groups):
         words = f"{groups.count(False)} of {len(groups)} labelled rows have no group; fill or drop the column"
         raise SystemExit(f"--labels-csv {file}: {words}")
+    if not any(groups) and len(header) > 2:
+        words = f"none of its columns {', '.join(header)} is headed {', '.join(COLUMNS['group'])}"
+        say(f"--labels-csv {file}: {words}; without it or --group-pattern each image is a group")
     if len(rows) > len(labelled):
         say(f"--labels-csv {file}: {len(rows) - len(labelled)} rows without a label are skipped")
     return [(path, label, group, None) for path, (label, group) in known.items()]

@@ -198,6 +198,19 @@ def test_what_is_held_out_is_a_tenth_in_whole_groups(generator):
     assert not eval_linear.held_out(labels % 2, torch.zeros(1000).long(), 0).any()
 
 
+@pytest.mark.parametrize("header", ["path,label,Camera ID\n", ""])
+def test_a_column_that_is_not_read_is_said(capsys, header):
+    """Or folds would tear the groups that it was meant to keep, and nobody would know."""
+    fill(*(f"photos/{i}.jpg" for i in range(12)))
+    rows = "\n".join(f"{i}.jpg,{'xy'[i % 2]},{i // 2}" for i in range(12))
+    _, groups = labelled(header + rows)
+    assert len(set(groups)) == 12
+    said = capsys.readouterr().out
+    assert "is headed group, camera, video, patient, site; without it or --group-pattern each" in said
+    labelled("path,label,Camera\n" + rows)
+    assert "is headed" not in capsys.readouterr().out
+
+
 def test_a_group_column_and_a_group_pattern():
     fill(
         *(f"photos/{i}.jpg" for i in range(12)),
