@@ -293,7 +293,7 @@ def test_radius_of_the_blur(folder):
 
 def test_steps_of_a_run(trained):
     """Views pass one by one; first the average moves, to the weights before the step, then it makes keys;
-    which query meets which key, and what the monitor gets."""
+    which query meets which key, the gradient, and what the monitor gets."""
     model, states = MoCoV3("vit_nano", 32, 8, 64), [state["model"] for state in trained.states]
     mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (moco_v3.MEAN, moco_v3.STD))
     averaged, gap = [name for name, _ in model.momentum_encoder.named_parameters()], "moco_v3/gap"
@@ -306,15 +306,20 @@ def test_steps_of_a_run(trained):
             torch.testing.assert_close(states[k][f"momentum_encoder.{name}"], average, atol=1e-7, rtol=1e-6)
         model.load_state_dict(expected)
         views = (moco_v3.augment(*trained.augment[k]) - mean) / std
-        with torch.no_grad():
-            (q0, h0), (q1, h1) = (model(view) for view in (views[::2], views[1::2]))
-            (k0, _), (k1, _) = (model(view, keys=True) for view in (views[::2], views[1::2]))
+        (q0, h0), (q1, h1) = (model(view) for view in (views[::2], views[1::2]))
+        (k0, _), (k1, _) = (model(view, keys=True) for view in (views[::2], views[1::2]))
         for given, wanted in zip(trained.ctr[3 * k : 3 * k + 2], ((q0, k1), (q1, k0)), strict=True):
             torch.testing.assert_close(given[:2], wanted, atol=1e-4, rtol=1e-4)
             assert given[2:] == (0.3, False) and [z.requires_grad for z in given[:2]] == [True, False]
         *given, temperature, first = trained.monitor[k]
         torch.testing.assert_close(given, [q0, q1, k1, torch.cat([h0, h1])], atol=1e-4, rtol=1e-4)
         assert temperature == 0.3 and first[gap] == metrics_of(trained.folder)[0][gap]
+        loss = ctr(q0, k1, 0.3, False) + ctr(q1, k0, 0.3, False)
+        gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+        moments = [state["optimizer"]["state"] for state in trained.states[k - 1 : k + 1]]
+        for i, gradient in enumerate(gradients):
+            before, after = (held[i]["exp_avg"] for held in moments)
+            torch.testing.assert_close(after, 0.9 * before + 0.1 * gradient, atol=1e-5, rtol=1e-3)
         for name, tensor in model.state_dict().items():  # statistics of BatchNorm, each view apart
             if "running" in name or "tracked" in name:
                 torch.testing.assert_close(states[k][name], tensor)
