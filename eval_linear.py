@@ -242,7 +242,8 @@ COLUMNS = {  # what a csv may call them
 def csv_cells(lines, delimiter):
     """[(path, label, group)] of the rows of a csv, and its header in small letters. Its columns are named as
     in COLUMNS or, where no name is there, path and label."""
-    rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]
+    cells = csv.reader(lines, delimiter=delimiter)
+    rows = [[cell.strip().replace("\n", " ") for cell in row] for row in cells]
     header = [cell.lower() for cell in rows[0]] if rows else []
     named = [[header.index(name) for name in names if name in header] for names in COLUMNS.values()]
     places = [found[0] if found else -1 for found in named] if any(named) else [0, 1, -1]

@@ -198,6 +198,12 @@ def test_what_is_held_out_is_a_tenth_in_whole_groups(generator):
     assert not eval_linear.held_out(labels % 2, torch.zeros(1000).long(), 0).any()
 
 
+def test_a_name_on_two_lines_is_named_in_one():
+    fill("photos/a.jpg", "photos/b.jpg")
+    Path("labels.csv").write_text('a.jpg,x\n"b\n.jpg",y\n')
+    refused(r"names 1 missing files, first photos/b \.jpg$", read_labels, "photos", "labels.csv")
+
+
 @pytest.mark.parametrize("header", ["path,label,Camera ID\n", ""])
 def test_a_column_that_is_not_read_is_said(capsys, header):
     """Or folds would tear the groups that it was meant to keep, and nobody would know."""
