@@ -87,6 +87,14 @@ def test_momentum_update():
     target.weight.data.fill_(0.0)
     momentum_update(online, target, 0.9)
     assert target.weight.item() == pytest.approx(0.3)  # of the weights after the step
+    for _ in range(4):
+        momentum_update(online, target, 0.9)
+    assert target.weight.item() == pytest.approx(3 * (1 - 0.9**5))  # dino's oracle 9: the gap goes by m^n
+    before = target.weight.item()
+    momentum_update(online, target, 1.0)
+    assert target.weight.item() == before
+    momentum_update(online, target, 0.0)
+    assert target.weight.item() == 3.0
 
 
 def test_lars():

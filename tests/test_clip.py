@@ -11,10 +11,12 @@ import re
 import sys
 from pathlib import Path
 
+import datasets
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+import torchmetrics.functional.retrieval as metrics
 import tyro
 from conftest import in_processes, load, metrics_of, refused, shaken, stopped, tensors_of, tiny_args
 from PIL import Image
@@ -214,7 +216,6 @@ def test_bad_tables_say_what_is_wrong():
 @pytest.mark.parametrize("split", [False, True])
 def test_arrow_files(split):
     """A caption or a list of some; read where they lie, by workers, too."""
-    datasets = pytest.importorskip("datasets")
 
     def arrow(path, **columns):
         images = [Image.new("RGB", (20, 20), (10 * i, 0, 0)) for i in range(4)]
@@ -410,7 +411,6 @@ def slow_recall(scores, answers):
 @pytest.mark.parametrize("captions, shared", [(1, False), (5, False), (3, True)])
 def test_recall_is_a_slow_one_and_torchmetrics_and_open_clip_s(generator, captions, shared):
     """Shared: some captions are of two images. open_clip's has one caption of an image."""
-    metrics = pytest.importorskip("torchmetrics.functional.retrieval")
     images = F.normalize(torch.randn(30, 8, generator=generator), dim=1)
     texts = images.repeat_interleave(captions, dim=0)
     texts = F.normalize(texts + 0.4 * torch.randn(texts.shape, generator=generator), dim=1)
