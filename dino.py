@@ -83,7 +83,9 @@ class Args:
     warmup_teacher_temp: float = 0.04  # T_t at the start of its warm-up (paper: 0.04)
     warmup_teacher_temp_epochs: int = 0  # epochs of its warm-up (paper: 0 or 30)
     student_temp: float = 0.1  # T_s (paper: 0.1)
-    momentum: float = 0.99  # of the moving average (paper: 0.996, rising to 1 as here)
+    momentum: float = 0.99  # of the moving average (paper: 0.996)
+    final_momentum: float = 1.0  # reached in a cosine (paper: 1)
+    sinkhorn: bool = False  # Sinkhorn-Knopp for centering (paper: in Table 7)
     centering: bool = True  # without, targets become one-hot: watch it (--momentum 0.9)
     sharpening: bool = True  # without, T_t is T_s and the teacher uniform: watch it
 
@@ -336,6 +338,20 @@ def update_center(center, teacher_logits, m):
     return center.lerp_(gather(mean[None]).mean(dim=0, keepdim=True), 1 - m)
 
 
+@torch.no_grad()
+def sinkhorn_center(teacher_logits, teacher_temp, iterations=3):
+    """The centre (1, K) by which the targets of teacher logits (2, B, K) use all prototypes alike: that of
+    Sinkhorn-Knopp (2006.09882), which divides by sums of prototypes and of targets in turn. Uses gather."""
+    dtype = torch.promote_types(teacher_logits.dtype, torch.float32)
+    log_q = teacher_logits.to(dtype).flatten(0, 1) / teacher_temp
+    shift = torch.zeros_like(log_q[:1])
+    for _ in range(iterations):
+        excess = gather(log_q.logsumexp(dim=0)[None]).logsumexp(dim=0)  # of each prototype
+        log_q = (log_q - excess).log_softmax(dim=1)
+        shift += excess
+    return teacher_temp * shift
+
+
 # --- Optimiser ----------------------------------------------------------------------------------------------
 def dino_schedule(step, total, warmup, base, final=0.0):
     """cosine_schedule with the official warm-up: at base one step earlier. Uses cosine_schedule."""
@@ -400,7 +416,8 @@ def train(args: Args) -> dict:
     """Pretrain in the run folder, from its checkpoint if it has one; returns the last metrics."""
     may_be_zero = "local_crops jitter crop_blurs solarize drop_path final_weight_decay momentum"
     may_be_zero += " warmup_teacher_temp_epochs freeze_last_layer"
-    at_most = dict.fromkeys(("min_scale", "crop_blurs", "solarize", "drop_path", "momentum"), 1)
+    shares = "min_scale crop_blurs solarize drop_path momentum final_momentum"
+    at_most = dict.fromkeys(shares.split(), 1)
     at_most |= {"local_min_scale": args.min_scale if args.local_crops else 1}
     check_flags(args, may_be_zero, at_most)
     transforms, shortest = multi_crop(args)
@@ -457,7 +474,7 @@ def train(args: Args) -> dict:
                 group["lr"] = lr
             decay = cosine_schedule(step, total, 0, args.weight_decay, args.final_weight_decay)
             optimizer.param_groups[0]["weight_decay"] = decay
-            momentum = cosine_schedule(step, total, 0, args.momentum, 1.0)
+            momentum = cosine_schedule(step, total, 0, args.momentum, args.final_momentum)
             teacher_temp = temps[epoch] if args.sharpening else args.student_temp
 
             generator = seeded(3, args.seed, step)  # 1: crops, 2: order of the images, 3: augment
@@ -473,8 +490,10 @@ def train(args: Args) -> dict:
                 teacher_logits = teacher.head(h).unflatten(0, (2, -1))
                 student_logits = torch.cat([net(x) for x in images]).unflatten(0, (len(crops), -1))
             center = model.center.clone()  # of before this step
+            if args.sinkhorn:
+                center = sinkhorn_center(teacher_logits, teacher_temp)
             loss = dino_loss(student_logits, teacher_logits, center, args.student_temp, teacher_temp)
-            if args.centering:
+            if args.centering and not args.sinkhorn:
                 update_center(model.center, teacher_logits, 0.9)  # official
 
             optimizer.zero_grad()

@@ -93,13 +93,15 @@ class Args:
     head_dim: int = 512  # width of the head's hidden layers (paper: 2048)
     out_dim: int = 1024  # K, number of prototypes (paper: 65536)
     shared_head: bool = False  # one head for [CLS] and patches (paper: for ImageNet-1k)
+    ibot_weight: float = 1.0  # of the loss by iBOT (paper: 1)
     koleo_weight: float = 0.1  # of the loss by KoLeo (paper: 0.1)
     sinkhorn: bool = False  # Sinkhorn-Knopp for centering (paper: not for ImageNet-1k)
     teacher_temp: float = 0.02  # T_t; lower it if the teacher stays uniform (paper: 0.07)
     warmup_teacher_temp: float = 0.04  # T_t at the start of its warm-up (paper: 0.04)
     warmup_teacher_temp_epochs: int = 0  # epochs of its warm-up (paper: 60)
     student_temp: float = 0.1  # T_s (paper: 0.1)
-    momentum: float = 0.99  # of the moving average (paper: 0.992, rising to 1 as here)
+    momentum: float = 0.99  # of the moving average (paper: 0.992)
+    final_momentum: float = 1.0  # reached in a cosine (paper: 1)
     centering: bool = True  # without, targets become one-hot: watch it (--momentum 0.9)
     sharpening: bool = True  # without, T_t is T_s and the teacher uniform: watch it
 
@@ -502,8 +504,10 @@ def monitor(moments, h, losses):
 def train(args: Args) -> dict:
     """Pretrain in the run folder, from its checkpoint if it has one; returns the last metrics."""
     may_be_zero = "local_crops jitter crop_blurs solarize mask_ratios registers drop_path_rate momentum"
-    may_be_zero += " koleo_weight final_weight_decay freeze_last_layer warmup_teacher_temp_epochs"
-    at_most = dict.fromkeys("min_scale crop_blurs solarize mask_ratios drop_path_rate momentum".split(), 1)
+    may_be_zero += " ibot_weight koleo_weight final_weight_decay freeze_last_layer warmup_teacher_temp_epochs"
+    shares = "min_scale crop_blurs solarize mask_ratios"
+    shares += " drop_path_rate momentum final_momentum"
+    at_most = dict.fromkeys(shares.split(), 1)
     at_most |= {"local_min_scale": args.min_scale if args.local_crops else 1}
     check_flags(args, may_be_zero, at_most)
     transforms, shortest = multi_crop(args)
@@ -564,7 +568,7 @@ def train(args: Args) -> dict:
                 frozen = group["last"] and step < thaw  # with moments, unlike DINO's
                 group["lr"] = 0.0 if frozen else lr * group["scale"]
                 group["weight_decay"] = decay if group["decays"] else 0.0
-            momentum = cosine_schedule(step, total, 0, args.momentum, 1.0)
+            momentum = cosine_schedule(step, total, 0, args.momentum, args.final_momentum)
             teacher_temp = temps[step] if args.sharpening else args.student_temp
 
             generator = seeded(3, args.seed, step)  # 1: crops, 2: order of the images, 3: augment
@@ -602,7 +606,7 @@ def train(args: Args) -> dict:
             dino = sum(dino_losses(cls_logits, cls_targets, args.student_temp))
             ibot = ibot_loss(patch_logits, targets[1], weights, args.student_temp)
             koleo = sum(koleo_loss(crop) for crop in cls.chunk(2))
-            loss = dino + ibot + args.koleo_weight * koleo
+            loss = dino + args.ibot_weight * ibot + args.koleo_weight * koleo
 
             optimizer.zero_grad()
             scaler.scale(loss).backward()

@@ -385,11 +385,8 @@ def main(rounds: int = 9, data: str = "", count: int = 64, only: str = ""):
     --only pipeline or a method."""
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
-    print(
-        f"torch {torch.__version__}, torchvision {torchvision.__version__}, {rounds} rounds, medians, ",
-        end="",
-    )
-    print(f"{torch.get_num_threads()} threads")
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    print(f"{versions}, {rounds} rounds, medians, {torch.get_num_threads()} threads")
     if only in ("", "pipeline"):
         pipelines(data, count, rounds)
     for method in [*OURS, *PAIRS]:

@@ -20,6 +20,7 @@ import dino
 import dinov2
 import eval_linear
 from dino import DINOHead, VisionTransformer, dino_loss, dino_schedule, resize_positions, update_center
+from dinov2 import sinkhorn_knopp
 
 VITS = dict(dino.VITS)
 MEAN, STD = (torch.tensor(numbers).view(3, 1, 1) for numbers in (dino.MEAN, dino.STD))
@@ -247,6 +248,19 @@ def test_loss_and_center_are_lightly_s_over_steps():
         assert grads[1] is None and not center.requires_grad
 
 
+def test_sinkhorn_center():
+    """The targets are those of dinov2.py's Sinkhorn-Knopp; in the limit each prototype has its share."""
+    for temp in (0.02, 0.2):
+        teacher = logits(2, 12, 8).tanh()
+        center = dino.sinkhorn_center(teacher, temp)
+        q, expected = dino.teacher_targets(teacher, center, temp), sinkhorn_knopp(teacher.flatten(0, 1), temp)
+        assert center.shape == (1, 8) and not center.requires_grad
+        torch.testing.assert_close(q.flatten(0, 1), expected, atol=1e-5, rtol=1e-3)
+        even = dino.sinkhorn_center(teacher, temp, iterations=500)
+        q = dino.teacher_targets(teacher, even, temp)
+        torch.testing.assert_close(q.mean(dim=(0, 1)), torch.full((8,), 1 / 8), atol=1e-4, rtol=0)
+
+
 # Schedules: oracle 4
 
 
@@ -304,7 +318,7 @@ def steps_of(module, patch, **flags):
     def spy_update(student, teacher, m):
         before, weights = copy.deepcopy((teacher.state_dict(), student.state_dict()))
         update(student, teacher, m)
-        assert m == pytest.approx(dino_schedule(len(steps), 8, 0, 0.0, 1.0))
+        assert m == pytest.approx(dino_schedule(len(steps), 8, 0, 0.0, 0.9))
         for name, p in teacher.state_dict().items():
             mixed = m * before[name] + (1 - m) * weights[name]
             torch.testing.assert_close(p, mixed, atol=1e-7, rtol=1e-5)
@@ -312,7 +326,8 @@ def steps_of(module, patch, **flags):
 
     patch.setattr(torch.optim.AdamW, "step", spy_step)
     patch.setattr(module, "momentum_update", spy_update)
-    module.train(tiny_args(module.__name__, momentum=0.0, batch_size=20, run_dir="run", **flags))
+    momenta = {"momentum": 0.0, "final_momentum": 0.9}
+    module.train(tiny_args(module.__name__, **momenta, batch_size=20, run_dir="run", **flags))
     assert len(steps) == 8 and not given
     return steps
 
@@ -338,7 +353,7 @@ def test_what_the_optimizer_gets(folder, monkeypatch, norm_last_layer):
         assert torch.equal(directions, start["head.last_layer.weight_v"]) == (i < 4)
         assert torch.equal(weights["backbone.cls_token"], start["backbone.cls_token"]) == (i == 0)
     momenta = [line["dino/momentum"] for line in metrics_of("run")]
-    assert momenta == pytest.approx([dino_schedule(i, 8, 0, 0.0, 1.0) for i in range(8)])
+    assert momenta == pytest.approx([dino_schedule(i, 8, 0, 0.0, 0.9) for i in range(8)])
 
 
 WARM = {"warmup_teacher_temp_epochs": 2, "teacher_temp": 0.07}
@@ -354,6 +369,7 @@ NO_LOCAL = {"local_crops": 0, "min_scale": 0.14, "local_min_scale": 0.15, "local
         (dino, SMALL, [0.02] * 2),  # a blur of 11 pixels stays within the borders of 4
         (dino, NO_LOCAL, [0.02] * 2),  # their flags do not matter; --min-scale 0.14 is the official advice
         (dino, WARM | {"sharpening": False, "centering": False}, [0.1] * 2),
+        (dino, {"sinkhorn": True, "teacher_temp": 0.2}, [0.2] * 4),
         (dinov2, WARM | {"warmup_teacher_temp_epochs": 1, "local_crops": 0}, [0.04] + [0.07] * 3),
         (dinov2, WARM | {"centering": False}, [0.04, 0.05, 0.06, 0.07, 0.07, 0.07]),
         (dinov2, WARM | {"warmup_teacher_temp_epochs": 4, "sinkhorn": True}, [0.04, 0.04 + 0.03 / 7]),
@@ -364,7 +380,8 @@ def test_temperatures_and_centers_of_a_run(folder, monkeypatch, module, flags, e
     """T_t of each step: DINO's goes by epochs, of two steps; DINOv2's by steps, for [CLS] and patches alike.
     A centre is 0 in the first step, a tenth of its mean logits in the second, or never moved."""
     sinkhorn = "sinkhorn" in flags
-    calls = calls_of(monkeypatch, module, "sinkhorn_knopp" if sinkhorn else "teacher_targets")
+    name = "sinkhorn_knopp" if sinkhorn and module is dinov2 else "teacher_targets"
+    calls = calls_of(monkeypatch, module, name)
     flags = {"epochs": len(expected) // 2, "batch_size": 20, "data": str(folder), "run_dir": "run"} | flags
     module.train(tiny_args(module.__name__, **flags))
     assert [given[-1] for given, _ in calls] == pytest.approx([temp for temp in expected for _ in "12"])
@@ -374,6 +391,8 @@ def test_temperatures_and_centers_of_a_run(folder, monkeypatch, module, flags, e
         for (taught, *given), q in calls[number::2]:
             if not sinkhorn:
                 torch.testing.assert_close(q, ((taught - center) / given[-1]).softmax(dim=-1))
+            elif module is dino:
+                torch.testing.assert_close(q.flatten(0, 1), sinkhorn_knopp(taught.flatten(0, 1), given[-1]))
             if flags.get("centering", not sinkhorn):
                 center = 0.9 * center + 0.1 * taught.flatten(0, -2).mean(dim=0)
         torch.testing.assert_close(model["center" if module is dino else f"centers.{number}"][0], center)
@@ -383,7 +402,13 @@ OWN = {"koleo_weight": 0.0}
 
 
 @pytest.mark.parametrize(
-    "module, flags", [(dino, {"base_lr": 5e-3}), (dinov2, OWN), (dinov2, OWN | {"sinkhorn": True})]
+    "module, flags",
+    [
+        (dino, {"base_lr": 5e-3}),
+        (dino, {"base_lr": 5e-3, "sinkhorn": True}),
+        (dinov2, OWN),
+        (dinov2, OWN | {"sinkhorn": True}),
+    ],
 )
 def test_two_processes_are_one(folder, module, flags):
     """train() in float64, with a plain augmentation by the same numbers: metrics, centres, and the way of the

@@ -366,7 +366,8 @@ def test_what_the_networks_and_losses_get(folder, monkeypatch, local_crops, shar
     losses, koleos, cropped, drawn, keys = (calls_of(monkeypatch, dinov2, name) for name in names)
     passes = calls_of(monkeypatch, DINOv2, "forward")
     pictures = calls_of(monkeypatch, dinov2.torchvision.utils, "save_image")
-    flags = {"koleo_weight": 0.3, "mask_ratios": (0.2, 0.6), "local_crops": local_crops, "epochs": 1}
+    flags = {"koleo_weight": 0.3, "ibot_weight": 0.7, "mask_ratios": (0.2, 0.6), "epochs": 1}
+    flags |= {"local_crops": local_crops}
     flags |= {"shared_head": shared_head, "seed": 5, "drop_path_rate": 0.5, "run_dir": "run"}
     dinov2.train(tiny_args("dinov2", data=str(folder), **flags))
 
@@ -398,7 +399,7 @@ def test_what_the_networks_and_losses_get(folder, monkeypatch, local_crops, shar
     )
     line, (d, i, k) = metrics_of("run")[0], (part.item() for part in parts)
     names = "dinov2/dino_loss", "dinov2/ibot_loss", "dinov2/koleo_loss", "train/loss"
-    assert [line[name] for name in names] == pytest.approx([d, i, k, d + i + 0.3 * k], rel=1e-5)
+    assert [line[name] for name in names] == pytest.approx([d, i, k, d + 0.7 * i + 0.3 * k], rel=1e-5)
 
     [((page, path), _)] = pictures
     shown = masks.view(16, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
@@ -415,7 +416,13 @@ def test_paper_command_is_the_sheet_s():
     expected |= {"min_scale": 0.32, "local_min_scale": 0.05, "jitter": (0.4, 0.4, 0.2, 0.1), "solarize": 0.2}
     expected |= {"crop_blurs": (0.0, 0.9, 0.5), "mask_ratios": (0.1, 0.5), "registers": 0}  # blurs as applied
     expected |= {"layer_scale": 1e-5, "drop_path_rate": 0.3, "shared_head": True, "head_dim": 2048}
-    expected |= {"out_dim": 65536, "koleo_weight": 0.1, "sinkhorn": False, "warmup_teacher_temp": 0.04}
+    expected |= {
+        "out_dim": 65536,
+        "koleo_weight": 0.1,
+        "ibot_weight": 1,
+        "sinkhorn": False,
+        "warmup_teacher_temp": 0.04,
+    }
     expected |= {"teacher_temp": 0.07, "student_temp": 0.1, "momentum": 0.992, "weight_decay": 0.04}
     expected |= {"final_weight_decay": 0.4, "layerwise_decay": 0.9, "patch_embed_lr": 0.2, "clip_norm": 3.0}
     assert expected.items() <= args.items() and args["batch_size"] == 2048

@@ -21,7 +21,7 @@ VARIANTS = {
     "byol": [{"optimizer": "lars", "predictor": False}, {"stop_gradient": False, "blurs": (1.0, 0.5)}],
     "clip": [{"micro_batch_size": 4, "flip": True}, {"quick_gelu": False}],
     "dino": [
-        {"norm_last_layer": False, "crop_blurs": (1.0, 0.5, 0.5)},
+        {"norm_last_layer": False, "crop_blurs": (1.0, 0.5, 0.5), "sinkhorn": True},
         {"drop_path": 0.5, "sharpening": False, "local_crops": 0},
     ],
     "dinov2": [

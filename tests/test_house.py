@@ -27,8 +27,8 @@ LINES = {
     "byol": (799, 372, 110),
     "clip": (1027, 600, 135),
     "convert": (250, 250, 45),
-    "dino": (947, 520, 120),
-    "dinov2": (1065, 638, 135),
+    "dino": (966, 539, 123),
+    "dinov2": (1069, 642, 137),
     "eval_linear": (1296, 1296, 45),
     "ijepa": (831, 404, 120),
     "mae": (796, 369, 110),
@@ -47,7 +47,7 @@ PUBLIC = {  # DESIGN section 7
     "tokenizer_monitor monitor",
     "byol": "BYOL byol_loss momentum_update LARS random_crop augment resnet head monitor",
     "clip": "CLIP clip_loss tokenize zero_shot_classifier recall pair_statistics monitor read_table",
-    "dino": "VisionTransformer DINOHead DINO dino_loss update_center dino_schedule momentum_update "
+    "dino": "VisionTransformer DINOHead DINO dino_loss update_center sinkhorn_center dino_schedule momentum_update "
     "random_crop multi_crop augment augment_crops target_moments monitor attention_page",
     "dinov2": "DINOv2 DINOv2ViT dino_losses ibot_loss koleo_loss sinkhorn_knopp draw_masks momentum_update "
     "random_crop multi_crop augment augment_crops to_timm move_center parameter_groups target_moments "
