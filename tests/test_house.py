@@ -47,8 +47,8 @@ PUBLIC = {  # DESIGN section 7
     "tokenizer_monitor monitor",
     "byol": "BYOL byol_loss momentum_update LARS random_crop augment resnet head monitor",
     "clip": "CLIP clip_loss tokenize zero_shot_classifier recall pair_statistics monitor read_table",
-    "dino": "VisionTransformer DINOHead DINO dino_loss update_center sinkhorn_center dino_schedule momentum_update "
-    "random_crop multi_crop augment augment_crops target_moments monitor attention_page",
+    "dino": "VisionTransformer DINOHead DINO dino_loss update_center sinkhorn_center dino_schedule "
+    "momentum_update random_crop multi_crop augment augment_crops target_moments monitor attention_page",
     "dinov2": "DINOv2 DINOv2ViT dino_losses ibot_loss koleo_loss sinkhorn_knopp draw_masks momentum_update "
     "random_crop multi_crop augment augment_crops to_timm move_center parameter_groups target_moments "
     "monitor",
