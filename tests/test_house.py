@@ -35,7 +35,7 @@ LINES = {
     "moco": (811, 384, 110),
     "moco_v3": (831, 404, 110),
     "pretext": (941, 514, 120),
-    "simclr": (789, 362, 110),
+    "simclr": (790, 363, 110),
 }
 FUNCTION, CHARACTERS, PARAGRAPH = 45, 58, 12
 PACKAGES = {"torch", "torchvision", "timm", "einops", "tyro", "tensorboard", "tqdm"}
