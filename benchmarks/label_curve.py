@@ -67,9 +67,11 @@ def main(
     scratch_seeds: int = 2,
     to: str = "label_curve.png",
 ):
-    """--backbones NAME=FILE ...; --labels: numbers of labels, 0 is all; writes --to and the same as .json."""
-    everything = sum(~E.read_labels(data).is_test).item()
-    table = {}
+    """--backbones NAME=FILE ...; --labels: numbers of labels, 0 is all; writes --to and the same as .json,
+    whose other curves stay."""
+    everything, file = sum(~E.read_labels(data).is_test).item(), Path(to).with_suffix(".json")
+    kept = json.loads(file.read_text())["top1"] if file.exists() else {}
+    table = {name: {int(count) % everything: v for count, v in kept[name].items()} for name in kept}
     for name, path in (word.split("=", 1) for word in backbones):
         table[name] = frozen(path, data, labels, seeds)
         print(
@@ -105,7 +107,7 @@ def main(
         "test_images": int(sum(E.read_labels(data).is_test)),
         "top1": table,
     }
-    Path(to).with_suffix(".json").write_text(json.dumps(results, indent=1))
+    file.write_text(json.dumps(results, indent=1))
     print(to)
 
 
