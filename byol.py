@@ -550,7 +550,8 @@ def check_flags(args, may_be_zero, at_most):
         for number in value if isinstance(value, tuple) else [value]:
             least, most = 0 if name in may_be_zero.split() else 1e-12, at_most.get(name, 2**63 - 1)
             if type(number) in (int, float) and not least <= number <= most:
-                allowed = f"{'above' if least else 'at least'} 0 and at most {most}"
+                allowed = f"{'above' if least else 'at least'} 0"
+                allowed += f" and at most {most}" if number > most else ""
                 sys.exit(f"--{name.replace('_', '-')} {value}: must be {allowed}")
 
 

@@ -23,19 +23,19 @@ SECTIONS = ["Args", "Augmentation", "Model", "Loss", "Optimiser", "Monitor", "Tr
 # Lines in all, before Plumbing, of train(). Above DESIGN's budgets: eval_linear (600) has any labels,
 # backbones, heads; the others, by what Plumbing has above 225; beit, clip, dino, dinov2, pretext by more.
 LINES = {
-    "beit": (982, 555, 90),
-    "byol": (799, 372, 110),
-    "clip": (1027, 600, 135),
+    "beit": (983, 555, 90),
+    "byol": (800, 372, 110),
+    "clip": (1028, 600, 135),
     "convert": (250, 250, 45),
-    "dino": (966, 539, 123),
-    "dinov2": (1069, 642, 137),
-    "eval_linear": (1296, 1296, 45),
-    "ijepa": (831, 404, 120),
-    "mae": (796, 369, 110),
-    "moco": (811, 384, 110),
-    "moco_v3": (831, 404, 110),
-    "pretext": (941, 514, 120),
-    "simclr": (790, 363, 110),
+    "dino": (967, 539, 123),
+    "dinov2": (1070, 642, 137),
+    "eval_linear": (1297, 1297, 45),
+    "ijepa": (832, 404, 120),
+    "mae": (797, 369, 110),
+    "moco": (812, 384, 110),
+    "moco_v3": (832, 404, 110),
+    "pretext": (942, 514, 120),
+    "simclr": (791, 363, 110),
 }
 FUNCTION, CHARACTERS, PARAGRAPH = 45, 58, 12
 PACKAGES = {"torch", "torchvision", "timm", "einops", "tyro", "tensorboard", "tqdm"}

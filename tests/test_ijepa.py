@@ -439,7 +439,7 @@ def test_bad_flags(tmp_path):
     most = {"target_scale": ((0.2, 0.6), 0.5), "targets": (17, 16), "momentum": (1.5, 1)}
     for name, (value, allowed) in most.items():
         refused("ijepa", f"^--{name.replace('_', '-')} .* and at most {allowed}$", **{name: value}, epochs=0)
-    refused("ijepa", "^--final-weight-decay -0.1: must be at least 0 ", final_weight_decay=-0.1, epochs=0)
+    refused("ijepa", "^--final-weight-decay -0.1: must be at least 0$", final_weight_decay=-0.1, epochs=0)
     assert not list(tmp_path.iterdir())
 
 

@@ -574,7 +574,7 @@ def test_bad_flags():
     refused("pretext", "--image-size 16: jigsaw needs tiles", task="jigsaw", image_size=16)
     refused("pretext", "--permutations 6000: must be above 0 and at most 5000", permutations=6000)
     refused("pretext", "--gray 1.5: must be at least 0 and at most 1", gray=1.5)
-    refused("pretext", "--rebalance 0.0: must be above 0 and at most 1", rebalance=0.0)
+    refused("pretext", "^--rebalance 0.0: must be above 0$", rebalance=0.0)
     refused("pretext", "--neighbors 400: must be above 0 and at most 313", neighbors=400)
     assert not Path("runs").exists()
 
