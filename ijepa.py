@@ -17,12 +17,12 @@ Photos: python ijepa.py --data photos/ --image-size 96 --arch vit_tiny --epochs 
 Paper:  torchrun --nnodes 2 --nproc-per-node 8 ijepa.py --data imagenet/ --image-size 224 --patch-size 14 \
             --arch vit_huge --epochs 300 --batch-size 2048 --warmup-epochs 40 --workers 10
 
-Differs from the official code: blocks lie anywhere, as in the paper; there never in the last row
-and column. Contexts are cut to one length at random, there the lowest patches go; small targets
-are kept, there drawn again. Masks are drawn for the global batch: processes give loss and gradient
-of one. Patch embeddings start with 0.02 x 16 / patch size, or small patches drown in their
-positions. Warm-up from 0, there from 2e-4. Crops are flipped and bicubic, there neither. Encoders
-below vit_base too, with smaller predictors.
+Differs from the official code: blocks lie anywhere, as in the paper; there never in the last row and
+column. Contexts are cut to one length at random, there the lowest patches go; small targets are kept, there
+drawn again. Masks are drawn for the global batch: processes give loss and gradient of one. Patch embeddings
+start with 0.02 x 16 / patch size, or small patches drown in their positions; predictors with 0.02 x
+sqrt(384 / width), as narrow ones of 0.02 learn late. Warm-up from 0, there from 2e-4. Crops are flipped and
+bicubic, there neither. Encoders below vit_base too, with smaller predictors.
 """
 
 import contextlib
@@ -237,10 +237,13 @@ class IJEPA(nn.Module):
         dim, _, heads = VITS[arch]
         self.encoder = IJEPAEncoder(arch, image_size, patch_size)
         self.predictor = IJEPAPredictor(dim, image_size // patch_size, *PREDICTORS[arch], heads)
-        for layer in self.modules():
+        narrow = (384 / PREDICTORS[arch][0]) ** 0.5
+        for name, layer in self.named_modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                std = 0.02 * 16 / patch_size if isinstance(layer, nn.Conv2d) else 0.02
-                nn.init.trunc_normal_(layer.weight, std=std)
+                scale = narrow if "predictor" in name else 1.0
+                if isinstance(layer, nn.Conv2d):
+                    scale = 16 / patch_size
+                nn.init.trunc_normal_(layer.weight, std=0.02 * scale)
                 nn.init.zeros_(layer.bias)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
 

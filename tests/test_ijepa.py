@@ -179,13 +179,18 @@ def test_what_learns_and_what_does_not(small):
 
 
 def test_initialisation(monkeypatch):
-    """Official: all weights trunc normal .02, no rescaling by depth; convolutions as at patch 16."""
+    """Official: all weights trunc normal .02, no rescaling by depth; convolutions as at patch 16; predictors
+    as one of the official width of 384, of vit_base and larger ones."""
     monkeypatch.setitem(ijepa.VITS, "vit_small", (384, 2, 6))
     model, patch4 = IJEPA("vit_small", 32, 16), IJEPA("vit_small", 32, 4).encoder.patch_embed.proj
     assert patch4.weight.std().item() == pytest.approx(0.08, rel=0.02) and patch4.bias.abs().max() == 0
     last, encoder = model.encoder.blocks[-1], model.encoder
-    for layer in (encoder.patch_embed.proj, last.attn.proj, last.mlp.fc2, model.predictor.predictor_proj):
+    for layer in (encoder.patch_embed.proj, last.attn.proj, last.mlp.fc2):
         assert layer.weight.std().item() == pytest.approx(0.02, rel=0.02) and layer.bias.abs().max() == 0
+    monkeypatch.setitem(ijepa.VITS, "vit_base", (768, 1, 12))
+    for predictor, std in ((model.predictor, 0.02 * 2**0.5), (IJEPA("vit_base", 32, 16).predictor, 0.02)):
+        for layer in (predictor.predictor_proj, predictor.predictor_blocks[-1].mlp.fc2):
+            assert layer.weight.std().item() == pytest.approx(std, rel=0.02) and layer.bias.abs().max() == 0
     assert model.predictor.mask_token.std().item() == pytest.approx(0.02, rel=0.2)
     norms = [m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)]
     assert all(m.weight.eq(1).all() and m.bias.eq(0).all() and m.eps == 1e-6 for m in norms)
