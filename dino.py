@@ -19,7 +19,7 @@ Paper:  torchrun --nnodes 2 --nproc-per-node 8 dino.py --data imagenet/ --image-
             --drop-path 0.1 --head-dim 2048 --out-dim 65536 --teacher-temp 0.04 --momentum 0.996 \
             --epochs 100 --batch-size 1024 --base-lr 5e-4 --warmup-epochs 10 --workers 10
 
-Differs from the official code: no ResNets, which the paper has, too; crops resized as uint8 tensors, large
+Differs from the official code: no ResNets, --sinkhorn, both of the paper; crops resized as uint8, large
 JPEGs decoded smaller; colours in one order a batch; a true Gaussian blur, cut at 5 pixels; bfloat16 on GPUs
 that have it. Processes give loss, gradient and centre of one; each draws its own stochastic depth.
 """
@@ -85,7 +85,7 @@ class Args:
     student_temp: float = 0.1  # T_s (paper: 0.1)
     momentum: float = 0.99  # of the moving average (paper: 0.996)
     final_momentum: float = 1.0  # reached in a cosine (paper: 1)
-    sinkhorn: bool = False  # Sinkhorn-Knopp for centering (paper: in Table 7)
+    sinkhorn: bool = False  # Sinkhorn-Knopp for centering (paper: Table 7)
     centering: bool = True  # without, targets become one-hot: watch it (--momentum 0.9)
     sharpening: bool = True  # without, T_t is T_s and the teacher uniform: watch it
 
@@ -346,7 +346,7 @@ def sinkhorn_center(teacher_logits, teacher_temp, iterations=3):
     log_q = teacher_logits.to(dtype).flatten(0, 1) / teacher_temp
     shift = torch.zeros_like(log_q[:1])
     for _ in range(iterations):
-        excess = gather(log_q.logsumexp(dim=0)[None]).logsumexp(dim=0)  # of each prototype
+        excess = gather(log_q.logsumexp(dim=0)[None]).logsumexp(dim=0)  # by prototype
         log_q = (log_q - excess).log_softmax(dim=1)
         shift += excess
     return teacher_temp * shift
@@ -416,8 +416,7 @@ def train(args: Args) -> dict:
     """Pretrain in the run folder, from its checkpoint if it has one; returns the last metrics."""
     may_be_zero = "local_crops jitter crop_blurs solarize drop_path final_weight_decay momentum"
     may_be_zero += " warmup_teacher_temp_epochs freeze_last_layer"
-    shares = "min_scale crop_blurs solarize drop_path momentum final_momentum"
-    at_most = dict.fromkeys(shares.split(), 1)
+    at_most = dict.fromkeys("min_scale crop_blurs solarize drop_path momentum final_momentum".split(), 1)
     at_most |= {"local_min_scale": args.min_scale if args.local_crops else 1}
     check_flags(args, may_be_zero, at_most)
     transforms, shortest = multi_crop(args)
@@ -490,8 +489,7 @@ def train(args: Args) -> dict:
                 teacher_logits = teacher.head(h).unflatten(0, (2, -1))
                 student_logits = torch.cat([net(x) for x in images]).unflatten(0, (len(crops), -1))
             center = model.center.clone()  # of before this step
-            if args.sinkhorn:
-                center = sinkhorn_center(teacher_logits, teacher_temp)
+            center = sinkhorn_center(teacher_logits, teacher_temp) if args.sinkhorn else center
             loss = dino_loss(student_logits, teacher_logits, center, args.student_temp, teacher_temp)
             if args.centering and not args.sinkhorn:
                 update_center(model.center, teacher_logits, 0.9)  # official
