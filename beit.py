@@ -369,7 +369,7 @@ def train(args: Args) -> dict:
     width = args.tokenizer_dim
     tokenizer = DVAE(args.tokens, 2 * width, width, args.tokenizer_layers).to(device)
     if args.dvae:
-        load_encoder(tokenizer.state_dict(), args.dvae, {})
+        load_encoder(tokenizer.state_dict(), args.dvae, {}, "--dvae")
     model = BEiT(args.arch, side, args.patch_size, args.tokens, args.layer_scale, args.drop_path).to(device)
     left_out = ("lm_head", "mask_token", "rel_pos_bias.relative_position_index")
     encoder = {k: v for k, v in model.state_dict().items() if not k.startswith(left_out)}
@@ -853,17 +853,19 @@ def open_run(args, method, parts, images, amp):
         sys.exit(f"{folder}: args.json or checkpoint.pt is damaged, or the disk is full: {words}: {anew}")
 
 
-def load_encoder(encoder, path, arch_args):
-    """Start the encoder {name: tensor} from a backbone.pt (--init); all of it has to fit."""
+def load_encoder(encoder, path, arch_args, flag="--init"):
+    """Start the encoder {name: tensor} from a backbone.pt; all of it has to fit."""
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
         weights, built = held["state_dict"], arch_args | held.get("arch_args", {})
-        alike = {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in encoder.items()}
-        hidden = ("num_heads", "act_layer")  # which no shape shows
-        if not alike or any(built[name] != arch_args[name] for name in hidden if name in arch_args):
-            raise ValueError("its weights are not those of this encoder")
+        needed, given = ({k: [*v.shape] for k, v in tensors.items()} for tensors in (encoder, weights))
+        for name in ("num_heads", "act_layer"):  # which no shape shows
+            needed[name], given[name] = arch_args.get(name), built.get(name)
+        for name in [name for name in needed | given if needed.get(name) != given.get(name)]:
+            found = f"{name} {given.get(name)}, not {needed.get(name)}"
+            raise ValueError(f"its weights are not those of this encoder: {found}")
     except Exception as error:  # no such file, no backbone.pt
-        sys.exit(f"--init {path}: {' '.join(str(error).split())[:200]}; convert.py makes a backbone.pt")
+        sys.exit(f"{flag} {path}: {' '.join(str(error).split())[:200]}; convert.py makes a backbone.pt")
     for name, tensor in encoder.items():
         tensor.copy_(weights[name])
 

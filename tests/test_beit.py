@@ -347,7 +347,7 @@ def test_the_tokenizer_of_an_earlier_run(both):
     assert (saved["builder"], saved["method"]) == ("beit.DVAE", "dvae")
     DVAE(**saved["arch_args"]).load_state_dict(saved["state_dict"])
     for wrong, tokens in ((path, 31), ("none.pt", 32), ("a/backbone.pt", 32)):
-        words = f"{wrong}: (its weights are not those|.*No such file)"
+        words = f"^--dvae {wrong}: (its weights are not those|.*No such file)"
         stopped(partial(both, "c", dvae=wrong, tokens=tokens), words)
     assert both("c", epochs=0) == {} and load("c/backbone.pt") and not os.path.exists("c/tokenizer")
 

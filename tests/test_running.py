@@ -374,9 +374,15 @@ def test_a_start_that_does_not_match_is_refused(small):
     whole, saved = Path("run/backbone.pt").read_bytes(), load("run/backbone.pt")
     state = saved["state_dict"]
     less = {name: tensor for name, tensor in state.items() if name != "1.bias"}
-    for other in (less, state | {"layer9.weight": torch.ones(1)}, state | {"1.bias": torch.ones(7)}):
+    more, longer = state | {"layer9.weight": torch.ones(1)}, state | {"1.bias": torch.ones(7)}
+    for other, found in (
+        (less, "1.bias None, not"),
+        (more, "layer9.weight .1., not"),
+        (longer, "1.bias .7., not"),
+    ):
         torch.save(saved | {"state_dict": other}, "bad.pt")
-        stopped(partial(small, init="bad.pt", run_dir="new"), "^--init bad.pt: its weights are not .*conv")
+        words = f"^--init bad.pt: its weights are not .*: {found} .*; conv"
+        stopped(partial(small, init="bad.pt", run_dir="new"), words)
     for damage in (b"", b"no checkpoint", whole[:1000]):
         Path("bad.pt").write_bytes(damage)
         stopped(partial(small, init="bad.pt", run_dir="new"), "^--init bad.pt: .*convert.py makes")
