@@ -257,6 +257,8 @@ def csv_rows(data, file):
     that make the most names of files."""
     try:
         raw = Path(file).read_bytes()
+        if raw.startswith(b"PK\3\4"):
+            raise UnicodeError("is a spreadsheet; save it as CSV UTF-8")
         coding = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
         text = raw.decode(coding, "surrogateescape")  # which keeps names of files that are no UTF-8
         lines = io.StringIO(text, newline=None).readlines()

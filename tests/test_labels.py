@@ -97,6 +97,7 @@ def test_rows_without_a_label_are_skipped_and_counted(photos, capsys):
 def test_csv_files_that_are_refused(photos):
     for match, content in (
         ("labels.csv: is not in UTF-8; save it as CSV UTF-8", CSV.replace("fox", "Füchsin").encode("cp1252")),
+        ("labels.csv: is a spreadsheet; save it as CSV UTF-8", b"PK\3\4\x14\0\6\0\x08"),
         ("labels.csv: is not in UTF-8", f"{CSV}Füchsin.jpg,fox".encode("cp1252")),
         ("names 1 missing files, first photos/z.jpg", f"{CSV}z.jpg,cat"),
         ("labels.csv: no row has a path and a label", ""),
