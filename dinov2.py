@@ -795,12 +795,13 @@ class Images(Dataset):
                     image = item[0].convert("RGB")
                 torch.default_generator.manual_seed(seeded(1, self.args.seed, key).initial_seed())
                 pixels = v2.functional.pil_to_tensor(image)  # resizes 3 x as fast as PIL, alike to 2 of 255
-                return *(view(pixels) for view in self.views), index
             except Exception as error:  # whatever a decoder raises
                 if index not in self.broken:
                     words = str(error).partition(" <")[0]  # without the name of Pillow's object
                     tqdm.write(f"{name} cannot be read, the next takes its place: {words}", sys.stderr)
                 self.broken.add(index)
+            else:
+                return *(view(pixels) for view in self.views), index
         raise OSError(f"--data: 100 files in a row cannot be read, the last is {name}")
 
     def batches(self, batch_size, step, epochs, rank, world):

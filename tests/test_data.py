@@ -341,6 +341,14 @@ def test_a_hundred_in_a_row_are_an_error(capfd):
     assert len(capfd.readouterr().err.splitlines()) == 100
 
 
+def test_an_error_of_a_view_is_not_one_of_the_file(capfd):
+    """Whoever changes the augmentation sees a mistake of it as it is."""
+    data = images_of("demo", views=(lambda pixels: pixels[7],))
+    with pytest.raises(IndexError, match="out of bounds"):
+        data[0]
+    assert not data.broken and not capfd.readouterr().err
+
+
 # Arrow
 
 

@@ -23,19 +23,19 @@ SECTIONS = ["Args", "Augmentation", "Model", "Loss", "Optimiser", "Monitor", "Tr
 # Lines in all, before Plumbing, of train(). Above DESIGN's budgets: eval_linear (600) has any labels,
 # backbones, heads; the others, by what Plumbing has above 225; beit, clip, dino, dinov2, pretext by more.
 LINES = {
-    "beit": (985, 555, 90),
-    "byol": (802, 372, 110),
-    "clip": (1030, 600, 135),
+    "beit": (986, 555, 90),
+    "byol": (803, 372, 110),
+    "clip": (1031, 600, 135),
     "convert": (250, 250, 45),
-    "dino": (967, 537, 121),
-    "dinov2": (1072, 642, 137),
+    "dino": (968, 537, 121),
+    "dinov2": (1073, 642, 137),
     "eval_linear": (1299, 1299, 45),
-    "ijepa": (837, 407, 120),
-    "mae": (799, 369, 110),
-    "moco": (814, 384, 110),
-    "moco_v3": (834, 404, 110),
-    "pretext": (944, 514, 120),
-    "simclr": (793, 363, 110),
+    "ijepa": (838, 407, 120),
+    "mae": (800, 369, 110),
+    "moco": (815, 384, 110),
+    "moco_v3": (835, 404, 110),
+    "pretext": (945, 514, 120),
+    "simclr": (794, 363, 110),
 }
 FUNCTION, CHARACTERS, PARAGRAPH = 45, 58, 12
 PACKAGES = {"torch", "torchvision", "timm", "einops", "tyro", "tensorboard", "tqdm"}
