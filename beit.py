@@ -15,10 +15,10 @@ model that learns no more than how frequent each is.
 Demo:   python beit.py
 Photos: python beit.py --data photos/ --image-size 128 --patch-size 8 --tokenizer-layers 3 --arch vit_small \
             --tokens 1024 --tokenizer-dim 128 --tokenizer-epochs 20 --min-block 20 --epochs 400 --workers 8
-Paper:  torchrun --nnodes 2 --nproc-per-node 8 beit.py --data imagenet/ --image-size 224 --patch-size 16 \
-            --tokenizer-layers 3 --tokens 8192 --tokenizer-dim 256 --mask-ratio 0.383 --min-block 16 \
-            --min-scale 0.08 --arch vit_base --drop-path 0.1 --epochs 800 --warmup-epochs 10 \
-            --batch-size 2048 --lr 1.5e-3 --workers 12
+Paper:  torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+            beit.py --data imagenet/ --image-size 224 --patch-size 16 --tokenizer-layers 3 --tokens 8192 \
+            --tokenizer-dim 256 --mask-ratio 0.383 --min-block 16 --min-scale 0.08 --arch vit_base \
+            --drop-path 0.1 --epochs 800 --warmup-epochs 10 --batch-size 2048 --lr 1.5e-3 --workers 12
 
 Differs from the official code: its own tokenizer, of the official layers and sizes, for DALL-E's, whose files
 are gone; no schedule for one is published, this is ours; it sees the same crop, reduced, not a second resize
@@ -80,10 +80,10 @@ class Args:
     dvae: str = ""  # tokenizer/backbone.pt of an earlier run; default: train one first
     tokens: int = 128  # K, codes of the tokenizer (paper: 8192)
     tokenizer_dim: int = 32  # width of the tokenizer's layers, half of a code's (paper: 256)
-    tokenizer_layers: int = 2  # each halves the sides: a code stands for 2^layers pixels (paper: 3)
+    tokenizer_layers: int = 2  # each halves the sides: a code stands for 2^layers pixels a side (paper: 3)
     tokenizer_epochs: int = 4  # passes over the data for the tokenizer, before the others
     tokenizer_lr: float = 5e-3  # its learning rate, falling to 0; no warm-up (DALL-E: 1e-4)
-    kl_weight: float = 0.02  # of its KL divergence, of each position's shares from equal ones
+    kl_weight: float = 0.02  # of the KL divergence of a position's shares of codes from equal ones
     arch: Arch = "vit_nano"  # encoder, 128 to 1280 wide (paper: vit_base, vit_large)
     layer_scale: float = 0.1  # start of LayerScale (paper: 0.1, vit_large 1e-5)
     drop_path: float = 0.0  # stochastic depth of the last block, 0 in the first (paper: 0.1)
@@ -369,7 +369,7 @@ def train(args: Args) -> dict:
     width = args.tokenizer_dim
     tokenizer = DVAE(args.tokens, 2 * width, width, args.tokenizer_layers).to(device)
     if args.dvae:
-        load_encoder(tokenizer.state_dict(), args.dvae, {}, "--dvae")
+        load_encoder(tokenizer.state_dict(), args.dvae, {}, "--dvae", "an earlier run")
     model = BEiT(args.arch, side, args.patch_size, args.tokens, args.layer_scale, args.drop_path).to(device)
     left_out = ("lm_head", "mask_token", "rel_pos_bias.relative_position_index")
     encoder = {k: v for k, v in model.state_dict().items() if not k.startswith(left_out)}
@@ -854,8 +854,8 @@ def open_run(args, method, parts, images, amp):
         sys.exit(f"{folder}: args.json or checkpoint.pt is damaged, or the disk is full: {words}: {anew}")
 
 
-def load_encoder(encoder, path, arch_args, flag="--init"):
-    """Start the encoder {name: tensor} from a backbone.pt; all of it has to fit."""
+def load_encoder(encoder, path, arch_args, flag="--init", maker="convert.py"):
+    """Start the encoder {name: tensor} from a backbone.pt, which `maker` makes; all of it has to fit."""
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
         weights, built = held["state_dict"], arch_args | held.get("arch_args", {})
@@ -866,7 +866,7 @@ def load_encoder(encoder, path, arch_args, flag="--init"):
             found = f"{name} {given.get(name)}, not {needed.get(name)}"
             raise ValueError(f"its weights are not those of this encoder: {found}")
     except Exception as error:  # no such file, no backbone.pt
-        sys.exit(f"{flag} {path}: {' '.join(str(error).split())[:200]}; convert.py makes a backbone.pt")
+        sys.exit(f"{flag} {path}: {' '.join(str(error).split())[:200]}; {maker} makes a backbone.pt")
     for name, tensor in encoder.items():
         tensor.copy_(weights[name])
 
@@ -973,7 +973,7 @@ def save_run(run, step, encoder, **facts):
     if not all(tensor.isfinite().all() for tensor in weights.values()):  # a skipped float16 step can do that
         sys.exit(f"step {step}: a weight is not finite, nothing is saved; lower the learning rate")
     facts |= {"method": run.method, "arch": run.args.arch, "image_size": run.args.image_size}
-    facts |= {"mean": MEAN, "std": STD, "state_dict": weights}
+    facts |= {"mean": MEAN, "std": STD, "step": step, "state_dict": weights}
     save_checkpoint(run.folder / "backbone.pt", **facts)
     run.step, run.logged = step, os.path.getsize(run.folder / "metrics.jsonl")
     state = {name: getattr(run, name) for name in run.kept}

@@ -6,7 +6,7 @@ r"""BYOL: learn features by predicting what a slow copy of oneself sees in anoth
 
 Paper: Grill et al. 2020, arXiv 2006.07733; where it and the official JAX code differ, the code.
 The online network, encoder f and projector g, makes z = g(f(v)) of view v, and a predictor q a guess q(z) at
-what the target network makes of the other view, z'. Its weights are a moving average (Eq. 1, 2):
+what the target network makes of the other view, z'. The target is a moving average (Eq. 1, 2):
   L = |q(z) / |q(z)| - z' / |z'||^2 = 2 - 2 cos(q(z), z'), plus the same with the views exchanged
   target <- tau target + (1 - tau) online, after each step, with tau rising to 1
 The same z for all images would give L = 0. What keeps it away: a predictor on one side only, no gradient into
@@ -15,9 +15,10 @@ the target, and its slowness. What is kept is h = f(v) of the online network.
 Demo:   python byol.py
 Photos: python byol.py --data photos/ --image-size 128 --epochs 200 --batch-size 256 --optimizer lars \
             --base-lr 2 --weight-decay 1e-6 --momentum 0.99 --blurs 1 0.1 --workers 8
-Paper:  torchrun --nnodes 4 --nproc-per-node 8 byol.py --data imagenet/ --image-size 224 --arch resnet50 \
-            --epochs 1000 --batch-size 4096 --optimizer lars --base-lr 0.2 --weight-decay 1.5e-6 \
-            --warmup-epochs 10 --momentum 0.996 --hidden-dim 4096 --min-scale 0.08 --blurs 1 0.1
+Paper:  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+            byol.py --data imagenet/ --image-size 224 --arch resnet50 --epochs 1000 --batch-size 4096 \
+            --optimizer lars --base-lr 0.2 --weight-decay 1.5e-6 --warmup-epochs 10 --momentum 0.996 \
+            --hidden-dim 4096 --min-scale 0.08 --blurs 1 0.1 --workers 12
 
 Differs from the official JAX code: torchvision's ResNets (residual branches start at full strength, as in the
 paper; there at 0) and PyTorch's initialisation; the target starts as a copy; no classifier beside it;
@@ -67,11 +68,11 @@ class Args:
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
     min_scale: float = 0.3  # smallest area of a crop as a share of the image (paper: 0.08)
     blurs: tuple[float, float] = (0.0, 0.0)  # probability of blur in the first, second view (paper: 1 0.1)
-    solarize: float = 0.2  # probability of solarization (paper: 0.2, of the second view)
+    solarize: float = 0.2  # probability of solarization (paper: 0.2, of the second view alone, as here)
     workers: int = 2  # processes that read images, for each training process
 
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet18"  # encoder (paper: resnet50)
-    stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3, stride 1, no max-pool; 10 x the work
+    stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3, stride 1, no max-pool; 15 x the work
     hidden_dim: int = 1024  # hidden layer of projector and predictor (paper: 4096)
     proj_dim: int = 256  # width of z
     momentum: float = 0.98  # of the moving average (paper: 0.996, rising to 1 as here)
@@ -671,8 +672,8 @@ def open_run(args, method, parts, images, amp):
         sys.exit(f"{folder}: args.json or checkpoint.pt is damaged, or the disk is full: {words}: {anew}")
 
 
-def load_encoder(encoder, path, arch_args, flag="--init"):
-    """Start the encoder {name: tensor} from a backbone.pt; all of it has to fit."""
+def load_encoder(encoder, path, arch_args, flag="--init", maker="convert.py"):
+    """Start the encoder {name: tensor} from a backbone.pt, which `maker` makes; all of it has to fit."""
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
         weights, built = held["state_dict"], arch_args | held.get("arch_args", {})
@@ -683,7 +684,7 @@ def load_encoder(encoder, path, arch_args, flag="--init"):
             found = f"{name} {given.get(name)}, not {needed.get(name)}"
             raise ValueError(f"its weights are not those of this encoder: {found}")
     except Exception as error:  # no such file, no backbone.pt
-        sys.exit(f"{flag} {path}: {' '.join(str(error).split())[:200]}; convert.py makes a backbone.pt")
+        sys.exit(f"{flag} {path}: {' '.join(str(error).split())[:200]}; {maker} makes a backbone.pt")
     for name, tensor in encoder.items():
         tensor.copy_(weights[name])
 
@@ -790,7 +791,7 @@ def save_run(run, step, encoder, **facts):
     if not all(tensor.isfinite().all() for tensor in weights.values()):  # a skipped float16 step can do that
         sys.exit(f"step {step}: a weight is not finite, nothing is saved; lower the learning rate")
     facts |= {"method": run.method, "arch": run.args.arch, "image_size": run.args.image_size}
-    facts |= {"mean": MEAN, "std": STD, "state_dict": weights}
+    facts |= {"mean": MEAN, "std": STD, "step": step, "state_dict": weights}
     save_checkpoint(run.folder / "backbone.pt", **facts)
     run.step, run.logged = step, os.path.getsize(run.folder / "metrics.jsonl")
     state = {name: getattr(run, name) for name in run.kept}

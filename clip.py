@@ -14,9 +14,10 @@ them: clip/floor. Later any text is a class: --classify.
 Demo:   python clip.py
 Photos: python clip.py --data pairs.csv --image-size 128 --arch vit_small --batch-size 1024 \
             --micro-batch-size 128 --epochs 60 --workers 8
-Paper:  torchrun --nnodes 32 --nproc-per-node 8 clip.py --data pairs/ --image-size 224 --arch vit_base \
-            --patch-size 32 --embed-dim 512 --text-width 512 --text-depth 12 --context-length 77 \
-            --tokenizer bpe --epochs 32 --batch-size 32768 --lr 5e-4 --warmup-epochs 0.16 --workers 12
+Paper:  torchrun --nnodes 32 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+            clip.py --data pairs/ --image-size 224 --arch vit_base --patch-size 32 --embed-dim 512 \
+            --text-width 512 --text-depth 12 --context-length 77 --tokenizer bpe --epochs 32 \
+            --batch-size 32768 --lr 5e-4 --warmup-epochs 0.16 --workers 12
 Use:    python clip.py --classify a.jpg b.jpg --prompts "a fox" "a deer" --run-dir runs/clip
 
 --data: a .csv or .tsv, or a folder with captions.csv, its header path|image|filepath (relative to the file)
@@ -24,9 +25,9 @@ and caption|text|title, a row a caption; Arrow files of Hugging Face with column
 a list, for 10^7 pairs and more; the demo. Each epoch draws one caption of an image.
 Differs from the paper, or where it is silent from open_clip: ViTs alone, below vit_base too; bytes as tokens
 by default; warm-up from 0; crops of aspect 3/4 to 4/3, resized as uint8 tensors; no decay of what has one
-dimension: biases, gains, [CLS]. The end of a long text is cut: clip/cut is the share of these. An epoch drops
-its incomplete batch. Processes and micro-batches give loss and gradient of one batch. Published weights and
-other towers: open_clip.
+dimension: biases, gains, [CLS]. The end of a long text is cut: clip/cut is the share that fill it. An epoch
+drops its incomplete batch. Processes and micro-batches give loss and gradient of one batch. Published weights
+and other towers: open_clip.
 """
 
 import contextlib
@@ -356,8 +357,8 @@ def clip_loss(image_features, text_features, logit_scale):
 def pair_statistics(z, scale, ids, index):
     """Means (5,) over the pairs z (B, 2, E) here, both ways: accuracy, is the own one strictly above all that
     are no answer; gap, how far their cross-entropy is below chance, that of equal logits; chance; floor, the
-    loss that is left if answers are found; share of texts as long as the context. Answers have one caption or
-    one image with the row: ids, index are of the whole batch. Uses clip_logits, gather."""
+    loss that is left if answers are found; share of texts as long as the context. An answer shares
+    the row's caption or image: ids, index are of the whole batch. Uses clip_logits, gather."""
     logits, own = clip_logits(z[:, 0], z[:, 1], scale)
     captions = torch.unique(ids, dim=0, return_inverse=True)[1]
     answers = (captions == captions[own, None]) | (index == index[own, None])
@@ -422,10 +423,11 @@ def recall(similarity, answers):
 @torch.no_grad()
 def retrieval(model, pairs):
     """recall of 5,000 images at most and all their texts. Uses recall, zero_shot_classifier, tokenize, MEAN,
-    STD, seeded."""
+    STD, seeded, ignore_signals."""
     order = torch.randperm(len(pairs.images.items), generator=seeded(2, 0))[:5000].tolist()
     features = {}  # by index: what stood in for a broken image comes once
-    for pixels, _, index in DataLoader(pairs, 256, sampler=order, num_workers=pairs.args.workers):
+    workers = {"num_workers": pairs.args.workers, "worker_init_fn": ignore_signals}
+    for pixels, _, index in DataLoader(pairs, 256, sampler=order, **workers):
         images = v2.functional.normalize(pixels.to(model.logit_scale.device) / 255, MEAN, STD)
         features |= zip(index.tolist(), F.normalize(model.encode_image(images), dim=1), strict=True)
 
@@ -585,7 +587,7 @@ def train(args: Args) -> dict:
                     began = time.monotonic()
                     try:
                         metrics |= retrieval(model, measured)
-                    except OSError as error:  # unreadable photos must not cost the run
+                    except (OSError, RuntimeError) as error:  # photos or memory; must not cost the run
                         tqdm.write(f"--val-data {args.val_data}: {str(error).splitlines()[-1]}")
                     run.since += time.monotonic() - began  # no part of the training's pace
                 log_metrics(run, step, metrics | found, problems, alarm_from)
@@ -899,8 +901,8 @@ def open_run(args, method, parts, images, amp):
         sys.exit(f"{folder}: args.json or checkpoint.pt is damaged, or the disk is full: {words}: {anew}")
 
 
-def load_encoder(encoder, path, arch_args, flag="--init"):
-    """Start the encoder {name: tensor} from a backbone.pt; all of it has to fit."""
+def load_encoder(encoder, path, arch_args, flag="--init", maker="convert.py"):
+    """Start the encoder {name: tensor} from a backbone.pt, which `maker` makes; all of it has to fit."""
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
         weights, built = held["state_dict"], arch_args | held.get("arch_args", {})
@@ -911,7 +913,7 @@ def load_encoder(encoder, path, arch_args, flag="--init"):
             found = f"{name} {given.get(name)}, not {needed.get(name)}"
             raise ValueError(f"its weights are not those of this encoder: {found}")
     except Exception as error:  # no such file, no backbone.pt
-        sys.exit(f"{flag} {path}: {' '.join(str(error).split())[:200]}; convert.py makes a backbone.pt")
+        sys.exit(f"{flag} {path}: {' '.join(str(error).split())[:200]}; {maker} makes a backbone.pt")
     for name, tensor in encoder.items():
         tensor.copy_(weights[name])
 
@@ -1018,7 +1020,7 @@ def save_run(run, step, encoder, **facts):
     if not all(tensor.isfinite().all() for tensor in weights.values()):  # a skipped float16 step can do that
         sys.exit(f"step {step}: a weight is not finite, nothing is saved; lower the learning rate")
     facts |= {"method": run.method, "arch": run.args.arch, "image_size": run.args.image_size}
-    facts |= {"mean": MEAN, "std": STD, "state_dict": weights}
+    facts |= {"mean": MEAN, "std": STD, "step": step, "state_dict": weights}
     save_checkpoint(run.folder / "backbone.pt", **facts)
     run.step, run.logged = step, os.path.getsize(run.folder / "metrics.jsonl")
     state = {name: getattr(run, name) for name in run.kept}

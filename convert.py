@@ -7,9 +7,10 @@
   python convert.py dinov2_vits14_reg4_pretrain.pth --to dinov2.pt
   python eval_linear.py --backbone dinov2.pt --data photos/ --mode logreg
 
-By names and shapes alone it knows MAE, DINO, DINOv2, MoCo v1 to v3, BEiT, I-JEPA, CLIP, and ViTs and ResNets
-of timm and torchvision, under any prefix; of several networks it takes the one that the paper evaluates
-(the teacher, the query encoder), and refuses what does not fill its network to the last tensor.
+By names and shapes alone it knows MAE, DINO, DINOv2, MoCo v1 to v3 (not of its CIFAR notebook), BEiT, I-JEPA,
+CLIP, and ViTs and ResNets of timm and torchvision, under any prefix; of several networks it takes the one
+that the paper evaluates (the teacher, the query encoder), and refuses what does not fill its network to the
+last tensor.
 """
 
 import argparse

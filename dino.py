@@ -14,14 +14,16 @@ prototype from taking all, sharpening (T_t below T_s) keeps all from being alike
 Demo:   python dino.py
 Photos: python dino.py --data photos/ --image-size 96 --local-size 48 --patch-size 8 --arch vit_tiny \
             --epochs 200 --batch-size 256 --base-lr 1e-3 --warmup-epochs 10 --momentum 0.996 --workers 8
-Paper:  torchrun --nnodes 2 --nproc-per-node 8 dino.py --data imagenet/ --image-size 224 --local-size 96 \
-            --local-crops 8 --local-min-scale 0.05 --crop-blurs 1 0.1 0.5 --patch-size 16 --arch vit_small \
-            --drop-path 0.1 --head-dim 2048 --out-dim 65536 --teacher-temp 0.04 --momentum 0.996 \
-            --epochs 100 --batch-size 1024 --base-lr 5e-4 --warmup-epochs 10 --workers 10
+Paper:  torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+            dino.py --data imagenet/ --image-size 224 --local-size 96 --local-crops 8 \
+            --local-min-scale 0.05 --crop-blurs 1 0.1 0.5 --patch-size 16 --arch vit_small \
+            --drop-path 0.1 --head-dim 2048 --out-dim 65536 --teacher-temp 0.04 \
+            --momentum 0.996 --epochs 100 --batch-size 1024 --base-lr 5e-4 --warmup-epochs 10 \
+            --workers 10
 
-Differs from the official code: no ResNets, --sinkhorn, both of the paper; crops resized as uint8, large
-JPEGs decoded smaller; colours in one order a batch; a true Gaussian blur, cut at 5 pixels; bfloat16 on GPUs
-that have it. Processes give loss, gradient and centre of one; each draws its own stochastic depth.
+Differs from the official code: without the paper's ResNets, with its --sinkhorn; crops resized as uint8,
+large JPEGs decoded smaller; colours in one order a batch; a true Gaussian blur, cut at 5 pixels; bfloat16 on
+GPUs that have it. Processes give loss, gradient and centre of one; each draws its own stochastic depth.
 """
 
 import contextlib
@@ -78,7 +80,7 @@ class Args:
     drop_path: float = 0.0  # stochastic depth of the last block, 0 in the first (paper: 0.1)
     head_dim: int = 512  # width of the head's hidden layers (paper: 2048)
     out_dim: int = 1024  # K, number of prototypes (paper: 65536)
-    norm_last_layer: bool = True  # prototypes of length 1 (paper: on, ViT-S off)
+    norm_last_layer: bool = True  # prototypes of length 1 (paper: on; off in long runs of ViT-S)
     teacher_temp: float = 0.02  # T_t; lower it if the teacher stays uniform (paper: 0.04 or 0.07)
     warmup_teacher_temp: float = 0.04  # T_t at the start of its warm-up (paper: 0.04)
     warmup_teacher_temp_epochs: int = 0  # epochs of its warm-up (paper: 0 or 30)
@@ -86,7 +88,7 @@ class Args:
     momentum: float = 0.99  # of the moving average (paper: 0.996)
     final_momentum: float = 1.0  # reached in a cosine (paper: 1)
     sinkhorn: bool = False  # Sinkhorn-Knopp for centering (paper: Table 7)
-    centering: bool = True  # without, targets become one-hot: watch it (--momentum 0.9)
+    centering: bool = True  # without it and --sinkhorn targets become one-hot: watch it (--momentum 0.9)
     sharpening: bool = True  # without, T_t is T_s and the teacher uniform: watch it
 
     epochs: int = 8  # passes over the data (paper: 100 to 800)
@@ -398,7 +400,7 @@ def monitor(moments, h, loss):
 @torch.no_grad()
 def attention_page(vit, images, pixels):
     """Images (B, 3, S, S), the same as `pixels` in [0, 1], and how [CLS] attends to them in each head of the
-    last block, at most 1: (B (1 + heads), 3, S, S)."""
+    last block, each over its maximum: (B (1 + heads), 3, S, S)."""
     *earlier, last = vit.blocks
     x = last.norm1(nn.Sequential(*earlier)(vit.embed(images)))
     qkv, heads = last.attn.qkv(x), last.attn.heads
@@ -836,8 +838,8 @@ def open_run(args, method, parts, images, amp):
         sys.exit(f"{folder}: args.json or checkpoint.pt is damaged, or the disk is full: {words}: {anew}")
 
 
-def load_encoder(encoder, path, arch_args, flag="--init"):
-    """Start the encoder {name: tensor} from a backbone.pt; all of it has to fit."""
+def load_encoder(encoder, path, arch_args, flag="--init", maker="convert.py"):
+    """Start the encoder {name: tensor} from a backbone.pt, which `maker` makes; all of it has to fit."""
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
         weights, built = held["state_dict"], arch_args | held.get("arch_args", {})
@@ -848,7 +850,7 @@ def load_encoder(encoder, path, arch_args, flag="--init"):
             found = f"{name} {given.get(name)}, not {needed.get(name)}"
             raise ValueError(f"its weights are not those of this encoder: {found}")
     except Exception as error:  # no such file, no backbone.pt
-        sys.exit(f"{flag} {path}: {' '.join(str(error).split())[:200]}; convert.py makes a backbone.pt")
+        sys.exit(f"{flag} {path}: {' '.join(str(error).split())[:200]}; {maker} makes a backbone.pt")
     for name, tensor in encoder.items():
         tensor.copy_(weights[name])
 
@@ -955,7 +957,7 @@ def save_run(run, step, encoder, **facts):
     if not all(tensor.isfinite().all() for tensor in weights.values()):  # a skipped float16 step can do that
         sys.exit(f"step {step}: a weight is not finite, nothing is saved; lower the learning rate")
     facts |= {"method": run.method, "arch": run.args.arch, "image_size": run.args.image_size}
-    facts |= {"mean": MEAN, "std": STD, "state_dict": weights}
+    facts |= {"mean": MEAN, "std": STD, "step": step, "state_dict": weights}
     save_checkpoint(run.folder / "backbone.pt", **facts)
     run.step, run.logged = step, os.path.getsize(run.folder / "metrics.jsonl")
     state = {name: getattr(run, name) for name in run.kept}

@@ -17,17 +17,18 @@ Centering or Sinkhorn-Knopp, and sharpening (T_t below T_s), stop the collapse.
 Demo:   python dinov2.py
 Photos: python dinov2.py --data photos/ --image-size 96 --local-size 48 --patch-size 8 --arch vit_tiny \
             --epochs 200 --batch-size 256 --lr 1e-3 --warmup-epochs 10 --momentum 0.996 --workers 8
-Paper:  torchrun --nnodes 4 --nproc-per-node 8 dinov2.py --data imagenet/ --image-size 224 --local-size 96 \
-            --local-crops 8 --min-scale 0.32 --local-min-scale 0.05 --crop-blurs 0 0.9 0.5 --patch-size 16 \
-            --arch vit_large --layer-scale 1e-5 --drop-path-rate 0.3 --head-dim 2048 --out-dim 65536 \
-            --shared-head --teacher-temp 0.07 --warmup-teacher-temp-epochs 60 --freeze-last-layer 2 \
-            --momentum 0.992 --layerwise-decay 0.9 --epochs 200 --batch-size 2048 --lr 5.657e-3 \
-            --warmup-epochs 20 --workers 10
+Paper:  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+            dinov2.py --data imagenet/ --image-size 224 --local-size 96 --local-crops 8 \
+            --min-scale 0.32 --local-min-scale 0.05 --crop-blurs 0 0.9 0.5 --patch-size 16 \
+            --arch vit_large --layer-scale 1e-5 --drop-path-rate 0.3 --head-dim 2048 \
+            --out-dim 65536 --shared-head --teacher-temp 0.07 --warmup-teacher-temp-epochs 60 \
+            --freeze-last-layer 2 --momentum 0.992 --layerwise-decay 0.9 --epochs 200 \
+            --batch-size 2048 --lr 5.657e-3 --warmup-epochs 20 --workers 10
 
 The last is the official ViT-L/16 of ImageNet-1k, whose 100 "epochs" of 1250 steps are 200 passes. The code
 writes blurs 1, 0.1, 0.5 and applies them by chance 1 - p: what its models saw is --crop-blurs 0 0.9 0.5.
-Differs from the official code: no SwiGLU, so no ViT-g; drop path by chance, not of a fixed share of images;
-crops resized as uint8, large JPEGs decoded smaller; one order of colours a
+Differs from the official code: no SwiGLU (ViT-g); a bottleneck of 256, also for ViT-L/14; drop path by
+chance, not of a fixed share of images; crops of uint8, large JPEGs decoded smaller; one order of colours a
 batch; blur cut at 5 pixels, not 4; masks dealt out over all processes, a block may exceed half of an odd
 grid; no point its own nearest in KoLeo; bfloat16. Positions are resized with the offset 0.1 of its training;
 its released models with registers antialias instead. Processes are as one, but for KoLeo and drop path.
@@ -102,7 +103,7 @@ class Args:
     student_temp: float = 0.1  # T_s (paper: 0.1)
     momentum: float = 0.99  # of the moving average (paper: 0.992)
     final_momentum: float = 1.0  # reached in a cosine (paper: 1)
-    centering: bool = True  # without, targets become one-hot: watch it (--momentum 0.9)
+    centering: bool = True  # without it and --sinkhorn targets become one-hot: watch it (--momentum 0.9)
     sharpening: bool = True  # without, T_t is T_s and the teacher uniform: watch it
 
     epochs: int = 8  # passes over the data (paper: 200)
@@ -242,8 +243,8 @@ def block_mask(grid, num_masked, rng, min_block=16):
 
 
 def draw_masks(crops, mine, grid, ratios, probability, seed):
-    """Masks (len(mine), N) of crops number `mine` of `crops` in all. A random share `probability` of these
-    hides patches, one of n up to int(N u), u uniform in another of n parts of ratios. Uses block_mask."""
+    """Masks (len(mine), N) of crops number `mine` of `crops`. Of all, n = int(crops probability), at random,
+    hide patches: the k-th up to int(N u), u uniform in the k-th of n parts of ratios. Uses block_mask."""
     rng, n = random.Random(seed), int(crops * probability)
     edges = np.linspace(*ratios, n + 1)
     counts = [int(math.prod(grid) * rng.uniform(*part)) for part in pairwise(edges)]
@@ -424,8 +425,8 @@ def move_center(center, teacher_logits, m):
 
 
 def dino_losses(student_logits, targets, student_temp):
-    """Cross-entropies of student logits (V, B, K) with targets (2, B, K) of crops 0, 1: the sum over pairs
-    with a local crop, and over 0, 1 and 1, 0; over 2 + 2 L of L local crops, of none officially 3."""
+    """Cross-entropies of student logits (V, B, K) with targets (2, B, K) of crops 0, 1: summed over pairs
+    with a local crop; over 0, 1 and 1, 0. Both divided by 2 + 2 L, L local crops; by 3 if none (official)."""
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     log_p = torch.log_softmax(student_logits.to(dtype) / student_temp, dim=-1)
     pairs = -torch.einsum("ubk,vbk->uv", targets, log_p) / log_p.shape[1]
@@ -450,8 +451,8 @@ def koleo_loss(features):
 
 # --- Optimiser ----------------------------------------------------------------------------------------------
 def parameter_groups(model, layerwise_decay, patch_embed_lr):
-    """AdamW's groups: scale, of the learning rate, d^(n + 1 - i) in block i of n, i = 0 for what comes before
-    them, 1 behind them and in the heads; decays; last, the prototypes."""
+    """AdamW's groups: scale of the learning rate, d^(n + 1 - i) in block i (1 to n), d^(n + 1) before them, 1
+    behind them and in the heads; decays; last, the prototypes."""
     depth, groups = len(model.backbone.blocks), {}
     for name, p in model.named_parameters():
         words, layer = name.split("."), depth + 1
@@ -941,8 +942,8 @@ def open_run(args, method, parts, images, amp):
         sys.exit(f"{folder}: args.json or checkpoint.pt is damaged, or the disk is full: {words}: {anew}")
 
 
-def load_encoder(encoder, path, arch_args, flag="--init"):
-    """Start the encoder {name: tensor} from a backbone.pt; all of it has to fit."""
+def load_encoder(encoder, path, arch_args, flag="--init", maker="convert.py"):
+    """Start the encoder {name: tensor} from a backbone.pt, which `maker` makes; all of it has to fit."""
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
         weights, built = held["state_dict"], arch_args | held.get("arch_args", {})
@@ -953,7 +954,7 @@ def load_encoder(encoder, path, arch_args, flag="--init"):
             found = f"{name} {given.get(name)}, not {needed.get(name)}"
             raise ValueError(f"its weights are not those of this encoder: {found}")
     except Exception as error:  # no such file, no backbone.pt
-        sys.exit(f"{flag} {path}: {' '.join(str(error).split())[:200]}; convert.py makes a backbone.pt")
+        sys.exit(f"{flag} {path}: {' '.join(str(error).split())[:200]}; {maker} makes a backbone.pt")
     for name, tensor in encoder.items():
         tensor.copy_(weights[name])
 
@@ -1060,7 +1061,7 @@ def save_run(run, step, encoder, **facts):
     if not all(tensor.isfinite().all() for tensor in weights.values()):  # a skipped float16 step can do that
         sys.exit(f"step {step}: a weight is not finite, nothing is saved; lower the learning rate")
     facts |= {"method": run.method, "arch": run.args.arch, "image_size": run.args.image_size}
-    facts |= {"mean": MEAN, "std": STD, "state_dict": weights}
+    facts |= {"mean": MEAN, "std": STD, "step": step, "state_dict": weights}
     save_checkpoint(run.folder / "backbone.pt", **facts)
     run.step, run.logged = step, os.path.getsize(run.folder / "metrics.jsonl")
     state = {name: getattr(run, name) for name in run.kept}

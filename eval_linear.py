@@ -6,7 +6,7 @@ r"""Evaluate a backbone: k-NN, logistic regression, linear probe of frozen featu
 
 Every method is measured here, on the same images and labels (protocols: 2002.05709 App. B; 2104.14294):
   knn       vote of the k most similar training images, weighted by exp(cosine / 0.07); nothing is trained
-  logreg    softmax regression on standardised features, to its optimum (L-BFGS), penalty by cross-validation
+  logreg    softmax regression on standardised features, to its optimum (L-BFGS), penalty by labels kept out
   linear    the papers' probe: SGD on one linear layer, the best of a grid of rates on labels kept out
   finetune  the whole network and a linear layer; of random:FILE it is training from scratch
   features  of every image, into features.pt for code of your own; predict: classes of every image, by the
@@ -22,7 +22,8 @@ Baseline:  python eval_linear.py --backbone random:runs/simclr/backbone.pt --mod
 labels.csv has lines path,label as spreadsheets write them, with or without a header; a column group (camera,
 video, patient, site) keeps a group in one fold. RESULTS.md has the papers' protocols as commands.
 Unlike some papers: probes start at 0 (most: normal, std 0.01), crops are bicubic (MoCo, DINO, BEiT:
-bilinear), cosines go by steps (MoCo v3, DINO: by epochs) to 0 (MAE's fine-tuning: 1e-6).
+bilinear), cosines go by steps (MoCo v3, DINO: by epochs) to 0 (MAE's fine-tuning: 1e-6),
+test crops are of 87.5 % (CLIP: all), BEiT's table of positions stays one when it is tuned.
 """
 
 import contextlib
@@ -80,8 +81,8 @@ class Args:
 
     epochs: int = 0  # passes over the data (paper: linear 90; finetune 60 at 1 %, 30. 0: 100, finetune 30)
     batch_size: int = 256  # images per step, of all processes together
-    base_lr: float = 0.05  # times batch / 256 is the learning rate (paper: of finetune 0.05 in SimCLR)
-    rates: tuple[float, ...] = ()  # the same of linear, the best is kept; none: 0.001 0.003 0.01 ... 10 30
+    base_lr: float = 0.05  # times batch / 256 is the learning rate (paper: of finetune, 0.05 in SimCLR)
+    rates: tuple[float, ...] = ()  # linear: such rates, the best is kept; none: 0.001 0.003 0.01 ... 10 30
     solver: Literal["nesterov", "sgd", "adamw"] = "nesterov"  # momentum 0.9; adamw 0.9, 0.999
     weight_decay: float = 0.0  # strength of weight decay (paper: 0)
     warmup_epochs: float = 0.0  # linear from 0 (paper: 0 for SimCLR; MAE 10, finetune 5)
@@ -416,7 +417,7 @@ def require_readable(readable, items):
 
 
 # --- Backbones ----------------------------------------------------------------------------------------------
-FIXED_POSITIONS = ("mae", "moco_v3", "ijepa")  # sin-cos tables: a part of the network, not of what it learns
+FIXED_POSITIONS = ("mae", "moco_v3", "ijepa")  # sin-cos tables, which only fine-tuning moves
 # heads of the methods' ViTs, which files of the first edition leave out
 HEADS = {"vit_nano": 4, "vit_tiny": 3, "vit_small": 6, "vit_base": 12, "vit_large": 16, "vit_huge": 16}
 
@@ -524,7 +525,7 @@ def filled_vit(file, builder, args, untrained, feature, tunes, drop_path):
     start = net.state_dict()
     if method in FIXED_POSITIONS:
         start["pos_embed"] = state["pos_embed"]
-        net.pos_embed.requires_grad_(False)
+        net.pos_embed.requires_grad_(tunes)
     if tunes and feature == "mean":
         state = {name: tensor for name, tensor in state.items() if not name.startswith("norm.")}
         state |= {name: tensor for name, tensor in start.items() if name.startswith("fc_norm.")}
@@ -893,10 +894,12 @@ def finetune(backbone, train, labels, classes, args, device, amp=None, seed=0):
 
 
 # --- Evaluation ---------------------------------------------------------------------------------------------
-ONLY_IN = {  # flags that one mode alone reads
+ONLY_IN = {  # modes: flags that no other mode reads
     "finetune": "base_lr layer_decay drop_path label_smoothing mixup cutmix rand_augment",
     "linear": "rates probe_norm augment",
+    "linear, finetune": "solver weight_decay warmup_epochs min_scale",
     "predict": "head",
+    "linear, finetune, knn, logreg": "labels seeds",
 }
 
 
@@ -966,11 +969,12 @@ def evaluate(args: Args) -> dict:
     at_most = dict.fromkeys(("min_scale", "layer_decay", "drop_path", "label_smoothing"), 1)
     at_most["warmup_epochs"] = args.epochs or (30 if args.mode == "finetune" else 100)
     check_flags(replace(args, layers=()), zero, at_most)
-    for mode, names in ONLY_IN.items():
-        for name in names.split() if mode != args.mode else ():
+    for modes, names in ONLY_IN.items():
+        own = args.watch or args.mode in modes.split(", ")
+        for name in () if own else names.split():
             if getattr(args, name) != getattr(Args, name):
                 flag = name.replace("_", "-")
-                raise SystemExit(f"--{flag}: is for --mode {mode}, not {args.mode}; leave it out")
+                raise SystemExit(f"--{flag}: is for --mode {modes}, not {args.mode}; leave it out")
 
     rank, world, device, amp = start_processes(args.device, args.amp)
     work = {"predict": predict, "features": export_features}.get(args.mode, measure)
@@ -1142,13 +1146,12 @@ def follow(args, device, amp):
         raise SystemExit(f"--watch {run}: {reason}")
     say(f"watching {run}/backbone.pt; Ctrl-C ends it")
     board = SummaryWriter(run, filename_suffix=".knn")
-    path, log = run / "backbone.pt", run / "metrics.jsonl"
+    path = run / "backbone.pt"
     try:
         while True:
             if path.exists() and path.stat().st_mtime_ns != seen:
                 seen = path.stat().st_mtime_ns
-                lines = log.read_text().split("\n")[:-1] if log.exists() else []
-                step = json.loads(lines[-1])["step"] if lines else 0
+                step = torch.load(path, map_location="cpu", weights_only=True).get("step", 0)
                 result = measure(replace(args, watch="", mode="knn", backbone=str(path)), device, amp)
                 board.add_scalar("eval/knn_top1", result["top1"], step)
                 board.flush()

@@ -14,15 +14,19 @@ proves nothing: watch the effective rank, which must rise again; the alarm rings
 Demo:   python ijepa.py
 Photos: python ijepa.py --data photos/ --image-size 96 --arch vit_tiny --epochs 300 --batch-size 256 \
             --warmup-epochs 20 --workers 8
-Paper:  torchrun --nnodes 2 --nproc-per-node 8 ijepa.py --data imagenet/ --image-size 224 --patch-size 14 \
-            --arch vit_huge --epochs 300 --batch-size 2048 --warmup-epochs 40 --workers 10
+Paper:  torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+            ijepa.py --data imagenet/ --image-size 224 --patch-size 14 \
+            --arch vit_huge --epochs 300 --batch-size 2048 --warmup-epochs 40 \
+            --workers 10
 
-Differs from the official code: blocks lie anywhere, as in the paper; there never in the last row and
-column. Contexts are cut to one length at random, there the lowest patches go; small targets are kept, there
-drawn again. Masks are drawn for the global batch: processes give loss and gradient of one. Patch embeddings
-start with 0.02 x 16 / patch size, or small patches drown in their positions; predictors with 0.02 x
-sqrt(384 / width), as narrow ones of 0.02 learn late. Warm-up from 0, there from 2e-4. Crops are flipped and
-bicubic, there neither. Encoders below vit_base too, with smaller predictors.
+Differs from the official code: blocks lie anywhere, as in the paper, and may fill the grid; there never in
+the last row and column. Contexts are cut to one length at random, there the lowest patches go; small targets
+are kept, there drawn again. Below 7 x 7 patches a context may have fewer than 10. Masks are drawn, and
+contexts cut, for the global batch (of 2048 a tenth shorter than of 128): processes give loss and gradient of
+one. Crops are uint8, large JPEGs decoded smaller. Patch embeddings start with 0.02 x 16 / patch size, or
+small patches drown in their positions; predictors with 0.02 x sqrt(384 / width), as narrow ones of 0.02 learn
+late. Warm-up from 0, there from 2e-4. Crops are flipped and bicubic, there neither. Encoders below vit_base
+too, with smaller predictors.
 """
 
 import contextlib
@@ -706,8 +710,8 @@ def open_run(args, method, parts, images, amp):
         sys.exit(f"{folder}: args.json or checkpoint.pt is damaged, or the disk is full: {words}: {anew}")
 
 
-def load_encoder(encoder, path, arch_args, flag="--init"):
-    """Start the encoder {name: tensor} from a backbone.pt; all of it has to fit."""
+def load_encoder(encoder, path, arch_args, flag="--init", maker="convert.py"):
+    """Start the encoder {name: tensor} from a backbone.pt, which `maker` makes; all of it has to fit."""
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
         weights, built = held["state_dict"], arch_args | held.get("arch_args", {})
@@ -718,7 +722,7 @@ def load_encoder(encoder, path, arch_args, flag="--init"):
             found = f"{name} {given.get(name)}, not {needed.get(name)}"
             raise ValueError(f"its weights are not those of this encoder: {found}")
     except Exception as error:  # no such file, no backbone.pt
-        sys.exit(f"{flag} {path}: {' '.join(str(error).split())[:200]}; convert.py makes a backbone.pt")
+        sys.exit(f"{flag} {path}: {' '.join(str(error).split())[:200]}; {maker} makes a backbone.pt")
     for name, tensor in encoder.items():
         tensor.copy_(weights[name])
 
@@ -825,7 +829,7 @@ def save_run(run, step, encoder, **facts):
     if not all(tensor.isfinite().all() for tensor in weights.values()):  # a skipped float16 step can do that
         sys.exit(f"step {step}: a weight is not finite, nothing is saved; lower the learning rate")
     facts |= {"method": run.method, "arch": run.args.arch, "image_size": run.args.image_size}
-    facts |= {"mean": MEAN, "std": STD, "state_dict": weights}
+    facts |= {"mean": MEAN, "std": STD, "step": step, "state_dict": weights}
     save_checkpoint(run.folder / "backbone.pt", **facts)
     run.step, run.logged = step, os.path.getsize(run.folder / "metrics.jsonl")
     state = {name: getattr(run, name) for name in run.kept}

@@ -668,8 +668,8 @@ def open_run(args, method, parts, images, amp):
         sys.exit(f"{folder}: args.json or checkpoint.pt is damaged, or the disk is full: {words}: {anew}")
 
 
-def load_encoder(encoder, path, arch_args, flag="--init"):
-    """Start the encoder {name: tensor} from a backbone.pt; all of it has to fit."""
+def load_encoder(encoder, path, arch_args, flag="--init", maker="convert.py"):
+    """Start the encoder {name: tensor} from a backbone.pt, which `maker` makes; all of it has to fit."""
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
         weights, built = held["state_dict"], arch_args | held.get("arch_args", {})
@@ -680,7 +680,7 @@ def load_encoder(encoder, path, arch_args, flag="--init"):
             found = f"{name} {given.get(name)}, not {needed.get(name)}"
             raise ValueError(f"its weights are not those of this encoder: {found}")
     except Exception as error:  # no such file, no backbone.pt
-        sys.exit(f"{flag} {path}: {' '.join(str(error).split())[:200]}; convert.py makes a backbone.pt")
+        sys.exit(f"{flag} {path}: {' '.join(str(error).split())[:200]}; {maker} makes a backbone.pt")
     for name, tensor in encoder.items():
         tensor.copy_(weights[name])
 
@@ -787,7 +787,7 @@ def save_run(run, step, encoder, **facts):
     if not all(tensor.isfinite().all() for tensor in weights.values()):  # a skipped float16 step can do that
         sys.exit(f"step {step}: a weight is not finite, nothing is saved; lower the learning rate")
     facts |= {"method": run.method, "arch": run.args.arch, "image_size": run.args.image_size}
-    facts |= {"mean": MEAN, "std": STD, "state_dict": weights}
+    facts |= {"mean": MEAN, "std": STD, "step": step, "state_dict": weights}
     save_checkpoint(run.folder / "backbone.pt", **facts)
     run.step, run.logged = step, os.path.getsize(run.folder / "metrics.jsonl")
     state = {name: getattr(run, name) for name in run.kept}

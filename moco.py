@@ -19,10 +19,10 @@ Paper:  torchrun --nproc-per-node 8 moco.py --data imagenet/ --image-size 224 --
 v1:     the same with --no-mlp --temperature 0.07 --schedule steps --blur 0 --jitter-chance 1 \
             --jitter 0.4 0.4 0.4 0.4
 
-Differs from the official code: one device takes BatchNorm in 8 parts, as the official CIFAR notebook;
-bicubic, antialiased crops, flipped first; one order of colours a batch, gray last, in v1, too; a blur kernel
-of a tenth of the side, reflected borders; the cosine falls by steps, not by epochs; the rate follows the
-batch. Processes give loss, gradient, keys and queue of one but for BatchNorm, whose parts hold other images.
+Differs from the official code: one device takes BatchNorm in 8 parts, as the official CIFAR notebook; bicubic
+crops of uint8, flipped first; large JPEGs decoded smaller; one order of colours a batch, gray last, in v1,
+too; a blur kernel of a tenth of the side, reflected borders; the cosine falls by steps, not by epochs; the
+rate follows the batch. Processes give loss, gradient, keys and queue of one but for BatchNorm.
 """
 
 import contextlib
@@ -70,7 +70,7 @@ class Args:
     workers: int = 2  # processes that read images, for each training process
 
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet18"  # encoder (paper: resnet50)
-    stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3, stride 1, no max-pool; 10 x the work
+    stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3, stride 1, no max-pool; 15 x the work
     mlp: bool = True  # a head of two layers, not one (paper: v2 with, v1 without)
     dim: int = 128  # width of q and k (paper: 128)
     queue_size: int = 512  # K negatives, a multiple of the batch, up to half of the data (paper: 65536)
@@ -82,7 +82,7 @@ class Args:
     epochs: int = 12  # passes over the data (paper: 200 or 800)
     batch_size: int = 128  # images per step, of all processes together (paper: 256)
     base_lr: float = 0.03  # times batch / 256 is the learning rate (paper: 0.03)
-    schedule: Literal["cosine", "steps"] = "cosine"  # steps: a tenth from 60 and from 80 % on (paper: v1)
+    schedule: Literal["cosine", "steps"] = "cosine"  # steps: /10 from 60 %, /100 from 80 % on (paper: v1)
     weight_decay: float = 1e-4  # strength of weight decay (paper: 1e-4, on biases and norms as well)
     warmup_epochs: float = 1.0  # linear from 0 (paper: none)
 
@@ -683,8 +683,8 @@ def open_run(args, method, parts, images, amp):
         sys.exit(f"{folder}: args.json or checkpoint.pt is damaged, or the disk is full: {words}: {anew}")
 
 
-def load_encoder(encoder, path, arch_args, flag="--init"):
-    """Start the encoder {name: tensor} from a backbone.pt; all of it has to fit."""
+def load_encoder(encoder, path, arch_args, flag="--init", maker="convert.py"):
+    """Start the encoder {name: tensor} from a backbone.pt, which `maker` makes; all of it has to fit."""
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
         weights, built = held["state_dict"], arch_args | held.get("arch_args", {})
@@ -695,7 +695,7 @@ def load_encoder(encoder, path, arch_args, flag="--init"):
             found = f"{name} {given.get(name)}, not {needed.get(name)}"
             raise ValueError(f"its weights are not those of this encoder: {found}")
     except Exception as error:  # no such file, no backbone.pt
-        sys.exit(f"{flag} {path}: {' '.join(str(error).split())[:200]}; convert.py makes a backbone.pt")
+        sys.exit(f"{flag} {path}: {' '.join(str(error).split())[:200]}; {maker} makes a backbone.pt")
     for name, tensor in encoder.items():
         tensor.copy_(weights[name])
 
@@ -802,7 +802,7 @@ def save_run(run, step, encoder, **facts):
     if not all(tensor.isfinite().all() for tensor in weights.values()):  # a skipped float16 step can do that
         sys.exit(f"step {step}: a weight is not finite, nothing is saved; lower the learning rate")
     facts |= {"method": run.method, "arch": run.args.arch, "image_size": run.args.image_size}
-    facts |= {"mean": MEAN, "std": STD, "state_dict": weights}
+    facts |= {"mean": MEAN, "std": STD, "step": step, "state_dict": weights}
     save_checkpoint(run.folder / "backbone.pt", **facts)
     run.step, run.logged = step, os.path.getsize(run.folder / "metrics.jsonl")
     state = {name: getattr(run, name) for name in run.kept}

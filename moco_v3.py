@@ -15,12 +15,13 @@ The ViT's patch projection stays as drawn (Sec. 4): training it makes large batc
 Demo:   python moco_v3.py
 Photos: python moco_v3.py --data photos/ --image-size 96 --arch vit_tiny --epochs 200 --batch-size 512 \
             --base-lr 5e-4 --warmup-epochs 20 --hidden-dim 2048
-Paper:  torchrun --nnodes 4 --nproc-per-node 8 moco_v3.py --data imagenet/ --image-size 224 --patch-size 16 \
-            --arch vit_small --epochs 300 --batch-size 4096 --base-lr 1.5e-4 --warmup-epochs 40 \
-            --hidden-dim 4096 --min-scale 0.08 --blurs 1 0.1
+Paper:  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+            moco_v3.py --data imagenet/ --image-size 224 --patch-size 16 --arch vit_small --epochs 300 \
+            --batch-size 4096 --base-lr 1.5e-4 --warmup-epochs 40 --hidden-dim 4096 --min-scale 0.08 \
+            --blurs 1 0.1 --workers 10
 
-Differs from the official code: no ResNets (the paper has them), no convolutional stems; smaller ViTs, too;
-bicubic, antialiased crops, flipped first; one order of colours a batch; blur cut at 5 pixels, reflected at
+Differs from the official code: no ResNets, no convolutional stems; smaller ViTs, too; bicubic crops of uint8,
+flipped first; large JPEGs decoded smaller; one order of colours a batch; blur cut at 5 pixels, reflected at
 borders; bfloat16. Processes give loss and gradient of one, but for BatchNorm, which only GPUs synchronise.
 """
 
@@ -703,8 +704,8 @@ def open_run(args, method, parts, images, amp):
         sys.exit(f"{folder}: args.json or checkpoint.pt is damaged, or the disk is full: {words}: {anew}")
 
 
-def load_encoder(encoder, path, arch_args, flag="--init"):
-    """Start the encoder {name: tensor} from a backbone.pt; all of it has to fit."""
+def load_encoder(encoder, path, arch_args, flag="--init", maker="convert.py"):
+    """Start the encoder {name: tensor} from a backbone.pt, which `maker` makes; all of it has to fit."""
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
         weights, built = held["state_dict"], arch_args | held.get("arch_args", {})
@@ -715,7 +716,7 @@ def load_encoder(encoder, path, arch_args, flag="--init"):
             found = f"{name} {given.get(name)}, not {needed.get(name)}"
             raise ValueError(f"its weights are not those of this encoder: {found}")
     except Exception as error:  # no such file, no backbone.pt
-        sys.exit(f"{flag} {path}: {' '.join(str(error).split())[:200]}; convert.py makes a backbone.pt")
+        sys.exit(f"{flag} {path}: {' '.join(str(error).split())[:200]}; {maker} makes a backbone.pt")
     for name, tensor in encoder.items():
         tensor.copy_(weights[name])
 
@@ -822,7 +823,7 @@ def save_run(run, step, encoder, **facts):
     if not all(tensor.isfinite().all() for tensor in weights.values()):  # a skipped float16 step can do that
         sys.exit(f"step {step}: a weight is not finite, nothing is saved; lower the learning rate")
     facts |= {"method": run.method, "arch": run.args.arch, "image_size": run.args.image_size}
-    facts |= {"mean": MEAN, "std": STD, "state_dict": weights}
+    facts |= {"mean": MEAN, "std": STD, "step": step, "state_dict": weights}
     save_checkpoint(run.folder / "backbone.pt", **facts)
     run.step, run.logged = step, os.path.getsize(run.folder / "metrics.jsonl")
     state = {name: getattr(run, name) for name in run.kept}

@@ -20,13 +20,13 @@ Photos: python pretext.py --task rotation --data photos/ --image-size 128 --epoc
 Paper:  torchrun --nproc-per-node 4 pretext.py --task rotation --data CIFAR10 --stem cifar --epochs 200 \
             --batch-size 128 --base-lr 0.2 --weight-decay 5e-4 --warmup-epochs 0
 
-Differs from the papers: torchvision's ResNets; Nesterov SGD with a cosine and decay of every tensor, not in
-steps (jigsaw: no Nesterov, no decay of biases) or Adam (colorization); mirrored crops of the central square;
-ImageNet's mean, std. Jigsaw: permutations by largest minimal distance, not mean; tiles of 3/4 of a cell; a
-linear layer with BatchNorm on each, one on all. Colorization: lightness in three channels; a head on the maps
-of four stages; the prior of 2,048 images, smoothed by the soft targets alone; T .38 (code: .3837); a mean
-over coloured pixels, not an image's sum, to which 1e-3 of decay belongs. Processes give the loss and gradient
-of one, but for BatchNorm: each its own.
+Differs from the papers: torchvision's ResNets; Nesterov SGD, a cosine, decay of every tensor (papers: steps;
+jigsaw: no Nesterov, no decay of biases; colorization: Adam); resized crops of the central square (RotNet on
+CIFAR: shifts of 4 pixels); ImageNet's mean, std. Jigsaw: permutations by largest minimal distance, not mean;
+tiles of 3/4 of a cell; a linear layer with BatchNorm on each, one on all. Colorization: lightness in three
+channels; a head on the maps of four stages; the prior of 2,048 images, smoothed by the soft targets alone; T
+.38 (code: .3837); a mean over coloured pixels, not an image's sum, to which 1e-3 of decay belongs. Processes
+give loss and gradient of one, BatchNorm apart.
 """
 
 import contextlib
@@ -70,14 +70,14 @@ class Args:
     data: str = "demo"  # demo, a folder of images in any layout, or a torchvision data set such as CIFAR10
     image_size: int = 32  # side of a view in pixels (paper: 224, colorization 176, jigsaw's code 255)
     min_scale: float = 0.6  # smallest area of a crop as a share of the image (paper: 0.08, rotation)
-    permutations: int = 100  # jigsaw: answers to choose from, .1 s each to find (paper: 1000)
+    permutations: int = 100  # jigsaw: answers to choose from (paper: 1000)
     gray: float = 0.3  # jigsaw: share of gray images, the others get their colours shifted (paper: 0.3)
     neighbors: int = 5  # colorization: bins that share a pixel's colour (paper: 5, its code 10)
     rebalance: float = 0.5  # colorization: lambda; the lower, the more rare colours count (paper: 0.5)
     workers: int = 2  # processes that read images, for each training process
 
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet18"  # encoder
-    stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3, stride 1, no max-pool; 10 x the work
+    stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3, stride 1, no max-pool; 15 x the work
 
     epochs: int = 10  # passes over the data (paper: 14 to 200)
     batch_size: int = 128  # images per step, of all processes together (paper: 40 to 256)
@@ -201,10 +201,9 @@ def colour_weights(data, bins, args):
     keys = range(0, len(data.items), math.ceil(len(data.items) / 2048))
     n, gray = len(bins), 0
     pairs = torch.zeros(n * n, dtype=torch.float64)
+    workers = {"num_workers": args.workers, "worker_init_fn": ignore_signals}
     try:
-        for images, _ in DataLoader(
-            data, 64, sampler=keys, num_workers=args.workers, worker_init_fn=ignore_signals
-        ):
+        for images, _ in DataLoader(data, 64, sampler=keys, **workers):
             ab = rgb_to_lab(images / 255)[:, 1:, ::4, ::4]
             index, share, coloured = soft_bins(ab, bins, args.neighbors)
             pair = index[..., :1] * n + index  # of the nearest bin and one with a share
@@ -310,11 +309,10 @@ class Jigsaw(nn.Module):
         gray = (u[:, 1] < self.gray).view(-1, 1, 1, 1)
         images = torch.where(gray, v2.functional.rgb_to_grayscale(images), images)
 
-        corners = (u[:, 2:20].view(-1, 9, 1, 2) * (self.room + 1)).long()
-        most = 2 if self.room > 4 else 1  # 2 as in the authors' code
+        most = (2 if self.room > 4 else 1) * ~gray  # the authors': 2
+        corners = (u[:, 2:20].view(-1, 9, 1, 2) * (self.room + 1 - most)).long()
         shifts = (u[:, 20:].view(-1, 9, 3, 2) * (most + 1)).long()
-        corners = (corners + shifts * ~gray).clamp(max=self.room)
-        tiles = jigsaw_tiles(images, self.permutations[labels], corners, self.tile)
+        tiles = jigsaw_tiles(images, self.permutations[labels], corners + shifts, self.tile)
 
         mean, std = tiles.mean(dim=(3, 4), keepdim=True), tiles.std(dim=(3, 4), keepdim=True)
         return (tiles - mean) / torch.where(std > 1e-4, std, 1), labels
@@ -401,9 +399,8 @@ def monitor(answers, features):
     features (N, D). And what is wrong, {words: the metric that shows it}. Uses collapse_metrics."""
     error, constant, weight, right = answers[answers[:, 2] > 0].T  # weight 0: not asked
     accuracy = right.mean().item()
-    gain = (
-        1 - ((weight * error).mean() / (weight * constant).mean()).item()
-    )  # 0: one answer to all; 1: right and sure, if targets are hard
+    share = (weight * error).mean() / (weight * constant).mean()
+    gain = 1 - share.item()  # 0: no better than one answer to all
     metrics = {"pretext/accuracy": accuracy, "pretext/gain": gain}
     metrics["pretext/plain_loss"] = error.mean().item()
     for name, value in collapse_metrics(features, center=True).items():
@@ -813,8 +810,8 @@ def open_run(args, method, parts, images, amp):
         sys.exit(f"{folder}: args.json or checkpoint.pt is damaged, or the disk is full: {words}: {anew}")
 
 
-def load_encoder(encoder, path, arch_args, flag="--init"):
-    """Start the encoder {name: tensor} from a backbone.pt; all of it has to fit."""
+def load_encoder(encoder, path, arch_args, flag="--init", maker="convert.py"):
+    """Start the encoder {name: tensor} from a backbone.pt, which `maker` makes; all of it has to fit."""
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
         weights, built = held["state_dict"], arch_args | held.get("arch_args", {})
@@ -825,7 +822,7 @@ def load_encoder(encoder, path, arch_args, flag="--init"):
             found = f"{name} {given.get(name)}, not {needed.get(name)}"
             raise ValueError(f"its weights are not those of this encoder: {found}")
     except Exception as error:  # no such file, no backbone.pt
-        sys.exit(f"{flag} {path}: {' '.join(str(error).split())[:200]}; convert.py makes a backbone.pt")
+        sys.exit(f"{flag} {path}: {' '.join(str(error).split())[:200]}; {maker} makes a backbone.pt")
     for name, tensor in encoder.items():
         tensor.copy_(weights[name])
 
@@ -932,7 +929,7 @@ def save_run(run, step, encoder, **facts):
     if not all(tensor.isfinite().all() for tensor in weights.values()):  # a skipped float16 step can do that
         sys.exit(f"step {step}: a weight is not finite, nothing is saved; lower the learning rate")
     facts |= {"method": run.method, "arch": run.args.arch, "image_size": run.args.image_size}
-    facts |= {"mean": MEAN, "std": STD, "state_dict": weights}
+    facts |= {"mean": MEAN, "std": STD, "step": step, "state_dict": weights}
     save_checkpoint(run.folder / "backbone.pt", **facts)
     run.step, run.logged = step, os.path.getsize(run.folder / "metrics.jsonl")
     state = {name: getattr(run, name) for name in run.kept}

@@ -17,10 +17,10 @@ Paper:  torchrun --nproc-per-node 8 simclr.py --data imagenet/ --image-size 224 
             --warmup-epochs 10 --min-scale 0.08 --blur 0.5 --workers 12
 
 Differs from the official TensorFlow code: torchvision's ResNets and initialisation; ImageNet's mean, std;
-torchvision's crops (mean area .478, there .405 at --min-scale 0.08), antialiased; contrast about the mean
-of the gray image, saturation not in HSV; one order of colours a batch; blur reflects at borders; the paper's
-mean loss, half of the code's, and so half the steps LARS takes on biases and norms; an epoch drops its
-incomplete batch. Processes give loss and gradient of one; BatchNorm is synchronised on GPUs (Sec. 2.2) only.
+torchvision's crops (mean area .478, there .405 at --min-scale 0.08), antialiased; contrast about the mean of
+the gray image, saturation not in HSV; one order of colours a batch; blur reflects at borders; the paper's
+mean loss, half of the code's: decay weighs twice, LARS's steps on biases and norms are half; an epoch drops
+its incomplete batch. Processes give loss and gradient of one; BatchNorm is synchronised on GPUs only.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ class Args:
     workers: int = 2  # processes that read images, for each training process
 
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet18"  # encoder (paper: resnet50)
-    stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3, stride 1, no max-pool; 10 x the work
+    stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3, stride 1, no max-pool; 15 x the work
     proj_layers: Literal[2, 3] = 2  # linear layers of the projector (v1: 2, v2: 3)
     proj_dim: int = 128  # width of z
     temperature: float = 0.1  # tau (paper: 0.1, on CIFAR 0.5)
@@ -183,7 +183,7 @@ def nt_xent(z0, z1, temperature, negatives=True):
     """NT-Xent (Eq. 1) of both views (N, D) of the whole batch, rows of any length, in float32 or better.
     Takes three matrices (2N, 2N): 0.8 GiB at N = 4,096, 3 GiB at 8,192."""
     z = torch.cat([z0, z1])
-    z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1, eps=1e-4)  # black: z is 0
+    z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1, eps=1e-4)  # z may be 0
     logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)  # (2N, 2N): no row finds itself
     partner = torch.arange(len(z), device=z.device).roll(len(z0))
     return F.cross_entropy(logits, partner) if negatives else -logits.gather(1, partner[:, None]).mean()
@@ -662,8 +662,8 @@ def open_run(args, method, parts, images, amp):
         sys.exit(f"{folder}: args.json or checkpoint.pt is damaged, or the disk is full: {words}: {anew}")
 
 
-def load_encoder(encoder, path, arch_args, flag="--init"):
-    """Start the encoder {name: tensor} from a backbone.pt; all of it has to fit."""
+def load_encoder(encoder, path, arch_args, flag="--init", maker="convert.py"):
+    """Start the encoder {name: tensor} from a backbone.pt, which `maker` makes; all of it has to fit."""
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
         weights, built = held["state_dict"], arch_args | held.get("arch_args", {})
@@ -674,7 +674,7 @@ def load_encoder(encoder, path, arch_args, flag="--init"):
             found = f"{name} {given.get(name)}, not {needed.get(name)}"
             raise ValueError(f"its weights are not those of this encoder: {found}")
     except Exception as error:  # no such file, no backbone.pt
-        sys.exit(f"{flag} {path}: {' '.join(str(error).split())[:200]}; convert.py makes a backbone.pt")
+        sys.exit(f"{flag} {path}: {' '.join(str(error).split())[:200]}; {maker} makes a backbone.pt")
     for name, tensor in encoder.items():
         tensor.copy_(weights[name])
 
@@ -781,7 +781,7 @@ def save_run(run, step, encoder, **facts):
     if not all(tensor.isfinite().all() for tensor in weights.values()):  # a skipped float16 step can do that
         sys.exit(f"step {step}: a weight is not finite, nothing is saved; lower the learning rate")
     facts |= {"method": run.method, "arch": run.args.arch, "image_size": run.args.image_size}
-    facts |= {"mean": MEAN, "std": STD, "state_dict": weights}
+    facts |= {"mean": MEAN, "std": STD, "step": step, "state_dict": weights}
     save_checkpoint(run.folder / "backbone.pt", **facts)
     run.step, run.logged = step, os.path.getsize(run.folder / "metrics.jsonl")
     state = {name: getattr(run, name) for name in run.kept}

@@ -399,10 +399,11 @@ def test_untrained_vits_start_as_in_timm(vit_file):
         found = load_backbone("random:new.pt", seed=3).net.state_dict()
         torch.manual_seed(3)
         assert_close(found, eval_linear.build_network(*TABLE[name][:2]).state_dict(), atol=0, rtol=0)
-    for method, fixed in (("mae", True), ("ijepa", True), ("moco_v3", True), ("dino", False)):
+    for method in ("mae", "ijepa", "moco_v3", "dino"):
         torch.save(load(vit_file) | {"method": method}, "new.pt")
         tuned = load_backbone("new.pt", tunes=True).net
-        assert tuned.pos_embed.requires_grad != fixed and tuned.blocks[0].attn.qkv.weight.requires_grad
+        assert tuned.pos_embed.requires_grad and tuned.blocks[0].attn.qkv.weight.requires_grad
+        assert not load_backbone("new.pt").net.pos_embed.requires_grad or method == "dino"
 
 
 def test_untrained_resnets_take_statistics_of_images_for_learning(resnet_file, monkeypatch):
@@ -501,6 +502,17 @@ def test_layer_decay_of_a_vit(decay, lowest):
     assert not {id(net.pos_embed), id(net.cls_token), id(net.blocks[0].mlp.fc1.bias)} & decayed
 
 
+def test_layer_decay_without_cls():
+    """I-JEPA's ViT begins with its positions, a table that only fine-tuning moves."""
+    shape = {"img_size": 64, "patch_size": 8, "embed_dim": 8, "depth": 3, "num_heads": 2, "num_classes": 0}
+    model = classifier(timm.models.VisionTransformer(**shape, class_token=False, global_pool="avg"))
+    groups = eval_linear.layer_groups(model, 0.05, 0.5)
+    (lowest,) = [
+        group["lr_scale"] for group in groups for p in group["params"] if p is model.backbone.net.pos_embed
+    ]
+    assert lowest == 0.5**4
+
+
 def test_layer_decay_of_a_resnet_and_of_networks_without_layers():
     net, _ = simclr.resnet("resnet18", "imagenet")
     groups = eval_linear.layer_groups(classifier(net), 0.0, 0.5)
@@ -561,9 +573,9 @@ def test_finetune_is_a_plain_loop(vit_file, monkeypatch):
             grads = torch.autograd.grad(-(target * log_p).sum(dim=1).mean(), [p for _, p in named])
             step += 1
             for (name, p), grad in zip(named, grads, strict=True):
-                place = re.match(r"blocks\.(\d)|patch|cls", name)  # of 3 blocks; norm and head: 4
+                place = re.match(r"blocks\.(\d)|patch|cls|pos", name)  # of 3 blocks; norm and head: 4
                 depth = 4 if not place else int(place[1]) + 1 if place[1] else 0
-                decays = p.ndim > 1 and name != "cls_token"
+                decays = p.ndim > 1 and name not in ("cls_token", "pos_embed")
                 momentum[name] = 0.9 * momentum[name] + grad + 0.3 * decays * p.detach()
                 p.data -= lr * 0.5 ** (4 - depth) * momentum[name]
 
@@ -573,7 +585,7 @@ def test_finetune_is_a_plain_loop(vit_file, monkeypatch):
     ratios = torch.tensor(rates[1:]) / torch.tensor(rates[1:]).amax(dim=1, keepdim=True)
     assert rates[0] == [0.0] * len(rates[0]) and torch.allclose(ratios, ratios[:1]) and len(rates) == 12
     assert_close(ratios[0].unique(), torch.tensor([0.0625, 0.125, 0.25, 0.5, 1]))
-    assert torch.equal(backbone.net.pos_embed.float(), load(vit_file)["state_dict"]["pos_embed"])
+    assert not torch.equal(backbone.net.pos_embed.float(), load(vit_file)["state_dict"]["pos_embed"])
 
 
 def test_mixing_is_timms_and_hangs_on_no_worker(vit_file, monkeypatch):
@@ -797,9 +809,8 @@ def test_watch_follows_a_run(vit_file, monkeypatch):
     monkeypatch.setattr(sys, "argv", "eval_linear.py --watch vit --data data --workers 0".split())
     command = Forked(lambda rank: len(runpy.run_path(eval_linear.__file__, run_name="__main__")))
     try:
-        wait_for([0])  # no metrics.jsonl yet
-        Path("vit/metrics.jsonl").write_text('{"step": 5}\n{"step": 10}\n')
-        simclr.save_checkpoint(vit_file, **load(vit_file))
+        wait_for([0])  # a file of convert.py has no step
+        simclr.save_checkpoint(vit_file, **load(vit_file) | {"step": 10})
         wait_for([0, 10])
     finally:
         os.kill(command.pids[0], signal.SIGINT)
@@ -881,6 +892,13 @@ def test_bad_flags_and_files(vit_file, resnet_file, monkeypatch):
         ("--base-lr: is for --mode finetune, not linear; leave it", "pixels", "linear", {"base_lr": 0.1}),
         ("--rates: is for --mode linear, not logreg", "pixels", "logreg", {"rates": (0.1,)}),
         ("--head: is for --mode predict, not knn", "pixels", "knn", {"head": "x.pt"}),
+        (
+            "--weight-decay: is for --mode linear, finetune, not logreg",
+            "pixels",
+            "logreg",
+            {"weight_decay": 0.1},
+        ),
+        ("--seeds: is for --mode linear, .*, not predict", "pixels", "predict", {"seeds": 2}),
         ("the loss is .* in epoch .*; lower --base-lr", vit_file, "finetune", {"base_lr": 1e12}),
     ):
         refused(match, path, mode, **{"batch_size": 4} | data | flags)

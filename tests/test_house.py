@@ -24,17 +24,17 @@ SECTIONS = ["Args", "Augmentation", "Model", "Loss", "Optimiser", "Monitor", "Tr
 # backbones, heads; the others, by what Plumbing has above 225; beit, clip, dino, dinov2, pretext by more.
 LINES = {
     "beit": (986, 555, 90),
-    "byol": (803, 372, 110),
-    "clip": (1031, 600, 135),
-    "convert": (250, 250, 45),
-    "dino": (968, 537, 121),
-    "dinov2": (1073, 642, 137),
-    "eval_linear": (1299, 1299, 45),
-    "ijepa": (838, 407, 120),
+    "byol": (804, 373, 110),
+    "clip": (1033, 602, 135),
+    "convert": (251, 251, 45),
+    "dino": (970, 539, 121),
+    "dinov2": (1074, 643, 137),
+    "eval_linear": (1302, 1302, 45),
+    "ijepa": (842, 411, 120),
     "mae": (800, 369, 110),
     "moco": (815, 384, 110),
-    "moco_v3": (835, 404, 110),
-    "pretext": (945, 514, 120),
+    "moco_v3": (836, 405, 110),
+    "pretext": (942, 511, 120),
     "simclr": (794, 363, 110),
 }
 FUNCTION, CHARACTERS, PARAGRAPH = 45, 58, 12
@@ -383,7 +383,9 @@ def test_pasting_notices_a_missing_helper():
 def test_docstring_commands_parse(path):
     """The docstring has three commands (DESIGN 3), and the parser takes each of them."""
     module = importlib.import_module(path.stem)
-    commands = re.findall(rf"(?:python|torchrun [^\n]*?) ?{path.name}(.*?)(?<!\\)\n", module.__doc__, re.S)
+    commands = re.findall(
+        rf"(?:python|torchrun [^\n]*?)(?: | \\\n +){path.name}(.*?)(?<!\\)\n", module.__doc__, re.S
+    )
     assert len(commands) >= 3 and commands[0].strip() == ""
     for words in commands:
         assert tyro.cli(module.Args, args=words.replace("\\\n", " ").split())

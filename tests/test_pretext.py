@@ -161,7 +161,7 @@ def test_sizes_of_tiles(size, cell, tile, monkeypatch, hundred):
     gray = u[:, 1] < 0.3
     apart = corners.amax(dim=2) - corners.amin(dim=2)
     assert not apart[gray].any() and apart[~gray].unique().tolist() == [*range(most + 1)]
-    shifts = corners[~gray] - (u[~gray, 2:20].view(-1, 9, 1, 2) * (cell - tile + 1)).long()
+    shifts = corners[~gray] - (u[~gray, 2:20].view(-1, 9, 1, 2) * (cell - tile + 1 - most)).long()
     assert shifts.unique().tolist() == [*range(most + 1)]
     assert torch.equal(permutations, hundred[labels]) and labels.bincount(minlength=4).min() > 60
     n = torch.arange(1, 5001)  # no number below 1 asks for a permutation too many

@@ -129,7 +129,7 @@ def test_a_warm_up_longer_than_the_run_is_cut_to_it(script, trained):
 def test_backbone_loads_where_it_was_built(script, trained):
     """Strictly, in the library that its builder names, in float32; and eval_linear.py takes it."""
     args, module, saved = trained.args, importlib.import_module(script), load(trained.file)
-    facts = "method arch builder arch_args image_size mean std feature_dim state_dict"
+    facts = "method arch builder arch_args image_size mean std step feature_dim state_dict"
     assert set(saved) == set(facts.split())
     assert (saved["method"], saved["arch"], saved["image_size"]) == (script, args.arch, args.image_size)
     assert tuple(saved["mean"]) == module.MEAN and tuple(saved["std"]) == module.STD
