@@ -2,7 +2,7 @@
 
     python benchmarks/peers.py --data ../shared/data/cifar10-photos [--methods simclr mae] [--seeds 0 1 2]
 
-For each method our script with its defaults, or --epochs, and a loop of lightly's transforms, heads and
+For each method our script with its defaults (or --epochs; MoCo's BatchNorm whole) and a loop of lightly's transforms, heads and
 losses on torchvision's or timm's backbone, as in lightly's examples: same images, steps, batch, optimiser,
 schedules, widths. Both backbones and the untrained one go through eval_linear.py. Prints the table and writes
 peers.json into --to. throughput.py times the steps of both.
@@ -331,6 +331,8 @@ def compare(method, data, epochs, seed, folder):
     module = importlib.import_module(method)
     args = module.Args(data=data, seed=seed, run_dir=f"{folder}/{method}-{seed}")
     args.epochs = epochs or args.epochs
+    if method == "moco":
+        args.bn_splits = 1  # lightly's BatchNorm has no parts
     start = time.perf_counter()
     module.train(args)
     ours, path = time.perf_counter() - start, Path(args.run_dir) / "backbone.pt"
