@@ -13,12 +13,12 @@ prototype from taking all, sharpening (T_t below T_s) keeps all from being alike
 
 Demo:   python dino.py
 Photos: python dino.py --data photos/ --image-size 96 --local-size 48 --patch-size 8 --arch vit_tiny \
-            --epochs 200 --batch-size 256 --base-lr 1e-3 --warmup-epochs 10 --momentum 0.996 --workers 8
+            --epochs 200 --batch-size 256 --base-lr 1e-3 --warmup-epochs 10 --final-momentum 1 --workers 8
 Paper:  torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
             dino.py --data imagenet/ --image-size 224 --local-size 96 --local-crops 8 \
             --local-min-scale 0.05 --crop-blurs 1 0.1 0.5 --patch-size 16 --arch vit_small \
             --drop-path 0.1 --head-dim 2048 --out-dim 65536 --teacher-temp 0.04 \
-            --momentum 0.996 --epochs 100 --batch-size 1024 --base-lr 5e-4 --warmup-epochs 10 \
+            --final-momentum 1 --epochs 100 --batch-size 1024 --base-lr 5e-4 --warmup-epochs 10 \
             --workers 10
 
 Differs from the official code: without the paper's ResNets, with its --sinkhorn; crops resized as uint8,
@@ -85,15 +85,15 @@ class Args:
     warmup_teacher_temp: float = 0.04  # T_t at the start of its warm-up (paper: 0.04)
     warmup_teacher_temp_epochs: int = 0  # epochs of its warm-up (paper: 0 or 30)
     student_temp: float = 0.1  # T_s (paper: 0.1)
-    momentum: float = 0.99  # of the moving average (paper: 0.996)
-    final_momentum: float = 1.0  # reached in a cosine (paper: 1)
+    momentum: float = 0.996  # of the moving average (paper: 0.996)
+    final_momentum: float = 0.996  # reached in a cosine (paper: 1)
     sinkhorn: bool = False  # Sinkhorn-Knopp for centering (paper: Table 7)
     centering: bool = True  # without it and --sinkhorn targets become one-hot: watch it (--momentum 0.9)
     sharpening: bool = True  # without, T_t is T_s and the teacher uniform: watch it
 
     epochs: int = 8  # passes over the data (paper: 100 to 800)
     batch_size: int = 32  # images per step, of all processes together (paper: 1024)
-    base_lr: float = 8e-3  # times batch / 256 is the learning rate (paper: 5e-4)
+    base_lr: float = 4.7e-3  # times batch / 256 is the learning rate (paper: 5e-4)
     weight_decay: float = 0.04  # strength of weight decay (paper: 0.04, not on biases and norms)
     final_weight_decay: float = 0.4  # reached in a cosine (paper: 0.4)
     warmup_epochs: float = 1.0  # linear from 0 (paper: 10)

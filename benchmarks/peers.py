@@ -2,10 +2,10 @@
 
     python benchmarks/peers.py --data ../shared/data/cifar10-photos [--methods simclr mae] [--seeds 0 1 2]
 
-For each method our script with its defaults (or --epochs; MoCo's BatchNorm whole) and a loop of lightly's transforms, heads and
-losses on torchvision's or timm's backbone, as in lightly's examples: same images, steps, batch, optimiser,
-schedules, widths. Both backbones and the untrained one go through eval_linear.py. Prints the table and writes
-peers.json into --to. throughput.py times the steps of both.
+For each method our script with its defaults (or --epochs; MoCo's BatchNorm whole) and a loop of lightly's
+transforms, heads and losses on torchvision's or timm's backbone, as in lightly's examples: same images,
+steps, batch, optimiser, schedules, widths. Both backbones and the untrained one go through eval_linear.py.
+Prints the table and writes peers.json into --to. throughput.py times the steps of both.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import copy
 import importlib
 import io
 import json
-import math
 import statistics
 import sys
 import time
@@ -306,7 +305,7 @@ def train_peer(method, args):
                 optimizer.param_groups[0]["weight_decay"] = decay
             momentum = getattr(args, "momentum", 0.0)
             if method in ("byol", "dino", "moco_v3"):
-                momentum = 1 - (1 - momentum) * (math.cos(math.pi * step / total) + 1) / 2
+                momentum = cosine_schedule(step, total, 0, momentum, getattr(args, "final_momentum", 1.0))
             if method == "ijepa":
                 momentum += step / total * (1 - momentum)
 

@@ -513,6 +513,7 @@ def test_paper_command_is_the_sheet_s():
     expected |= {"min_scale": 0.4, "local_min_scale": 0.05, "jitter": (0.4, 0.4, 0.2, 0.1), "solarize": 0.2}
     expected |= {"crop_blurs": (1.0, 0.1, 0.5), "drop_path": 0.1, "head_dim": 2048, "out_dim": 65536}
     expected |= {"norm_last_layer": True, "teacher_temp": 0.04, "student_temp": 0.1, "momentum": 0.996}
+    expected |= {"final_momentum": 1.0}
     expected |= {"warmup_teacher_temp_epochs": 0, "epochs": 100, "batch_size": 1024, "base_lr": 5e-4}
     expected |= {"weight_decay": 0.04, "final_weight_decay": 0.4, "warmup_epochs": 10, "clip_grad": 3.0}
     expected |= {"freeze_last_layer": 1}
@@ -541,7 +542,7 @@ def attention_on_things(vit, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module, modes", [(dino, ["logreg"]), (dinov2, ["logreg", "knn"])])
+@pytest.mark.parametrize("module, modes", [(dino, ["logreg", "knn"]), (dinov2, ["logreg", "knn"])])
 def test_the_demo_learns_and_looks_at_the_object(monkeypatch, module, modes):
     """python dino.py, dinov2.py: 5 points above the untrained ViT; DINO looks at the object by 1.5."""
     monkeypatch.setitem(module.VITS, "vit_nano", VITS["vit_nano"])
