@@ -35,12 +35,17 @@ sys.path.insert(0, str(HERE.parent))
 import eval_linear  # noqa: E402
 
 
+def copies(folder):
+    """{step: its backbone.pt} of what keep() has copied."""
+    return {int(path.stem[5:]): path for path in folder.glob("step-*.pt") if path.stem[5:].isdigit()}
+
+
 def train(command, folder, saves):
     """Run the script; when it passes a share of its steps, keep its next backbone.pt as step-N.pt."""
     script, *flags = shlex.split(command)
     flags += ["--run-dir", str(folder), "--save-minutes", "1"]
     folder.mkdir(parents=True, exist_ok=True)
-    kept = max([int(path.stem[5:]) for path in folder.glob("step-*.pt")], default=0)
+    kept = max(copies(folder), default=0)
 
     with open(folder / "log.txt", "a") as log:
         process = subprocess.Popen(
@@ -68,12 +73,15 @@ def keep(folder, kept, saves):
 
 
 def accuracy(backbone, data):
-    """logreg and k-NN of a backbone.pt by eval_linear.py."""
+    """logreg and k-NN of a backbone.pt by eval_linear.py, once."""
     top1 = {}
     for mode in ("logreg", "knn"):
-        with contextlib.redirect_stdout(io.StringIO()):
-            results = eval_linear.evaluate(eval_linear.Args(str(backbone), mode, data=data))["results"]
-        top1[mode] = max(result["top1"] for result in results)
+        args = eval_linear.Args(str(backbone), mode, data=data)
+        measured = eval_linear.result_path(args, f"eval-{mode}.json")
+        if not measured.exists():
+            with contextlib.redirect_stdout(io.StringIO()):
+                eval_linear.evaluate(args)
+        top1[mode] = max(result["top1"] for result in json.loads(measured.read_text())["results"])
     return top1
 
 
@@ -81,7 +89,7 @@ def pretrained(command, data, folder, saves):
     """Points of one run, [{images, logreg, knn}]."""
     train(command, folder, saves)
     batch = json.loads((folder / "args.json").read_text())["batch_size"]
-    files = {int(path.stem[5:]): path for path in folder.glob("step-*.pt")}
+    files = copies(folder)
     points = [{"images": 0} | accuracy(f"random:{folder}/backbone.pt", data)]
     return points + [{"images": step * batch} | accuracy(files[step], data) for step in sorted(files)]
 
