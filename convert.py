@@ -9,8 +9,7 @@
 
 By names and shapes alone it knows MAE, DINO, DINOv2, MoCo v1 to v3 (not of its CIFAR notebook), BEiT, I-JEPA,
 CLIP, and ViTs and ResNets of timm and torchvision, under any prefix; of several networks it takes the one
-that the paper evaluates (the teacher, the query encoder), and refuses what does not fill its network to the
-last tensor.
+the paper evaluates (teacher, query encoder), and refuses what does not fill its network to the last tensor.
 """
 
 import argparse

@@ -183,7 +183,7 @@ def nt_xent(z0, z1, temperature, negatives=True):
     """NT-Xent (Eq. 1) of both views (N, D) of the whole batch, rows of any length, in float32 or better.
     Takes three matrices (2N, 2N): 0.8 GiB at N = 4,096, 3 GiB at 8,192."""
     z = torch.cat([z0, z1])
-    z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1, eps=1e-4)  # z may be 0
+    z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1, eps=1e-4)  # alike: z is 0
     logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)  # (2N, 2N): no row finds itself
     partner = torch.arange(len(z), device=z.device).roll(len(z0))
     return F.cross_entropy(logits, partner) if negatives else -logits.gather(1, partner[:, None]).mean()
