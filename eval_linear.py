@@ -108,9 +108,9 @@ def processes():
 
 
 def say(words):
-    """Print in process 0 alone, also names that are not UTF-8."""
+    """Print in process 0 alone."""
     if processes()[0] == 0:
-        print(words.encode("utf-8", "backslashreplace").decode())
+        print(words)
 
 
 # --- Labels -------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def folder_rows(data):
 
 COLUMNS = {  # what a csv may call them
     "path": ("path", "image", "file", "filename", "filepath", "file_name"),
-    "label": ("label", "class", "species", "category"),
+    "label": ("label", "species", "class", "category"),
     "group": ("group", "camera", "video", "patient", "site"),
 }
 
@@ -244,7 +244,7 @@ def csv_cells(lines, delimiter):
     """[(path, label, group)] of the rows of a csv, and its header in small letters. Its columns are named as
     in COLUMNS or, where no name is there, path and label."""
     cells = csv.reader(lines, delimiter=delimiter)
-    rows = [[cell.strip().replace("\n", " ") for cell in row] for row in cells]
+    rows = [[cell.strip().replace("\n", " ") for cell in row] for row in cells if row]
     header = [cell.lower() for cell in rows[0]] if rows else []
     named = [[header.index(name) for name in names if name in header] for names in COLUMNS.values()]
     places = [found[0] if found else -1 for found in named] if any(named) else [0, 1, -1]
@@ -286,6 +286,9 @@ def csv_rows(data, file):
     if not known:
         raise SystemExit(f"--labels-csv {file}: no row has a path and a label; its first row is {header}")
     groups = [bool(group) for _, group in known.values()]
+    named = [name for name in COLUMNS["label"] if name in header]
+    if len(named) > 1:
+        say(f"--labels-csv {file}: the label is {named[0]}, not {', '.join(named[1:])}; rename what is none")
     if any(groups) and not all(groups):
         words = f"{groups.count(False)} of {len(groups)} labelled rows have no group; fill or drop the column"
         raise SystemExit(f"--labels-csv {file}: {words}")
@@ -308,6 +311,9 @@ def find_file(data, name):
     return None
 
 
+SPLITS = [("split", parts) for parts in (("train", "test"), ("trainval", "test"), ("train", "val"))]
+
+
 def torchvision_rows(name):
     """((data set, index), class, "", whether for testing) of a torchvision data set with two parts."""
     kind, parts = getattr(torchvision.datasets, name, None), []
@@ -315,7 +321,7 @@ def torchvision_rows(name):
     rank, world = processes()
     if rank:
         dist.barrier()  # the first process downloads, then the others read
-    for key, names in (("train", (True, False)), ("split", ("train", "test")), ("split", ("train", "val"))):
+    for key, names in (("train", (True, False)), *SPLITS):
         try:
             parts = parts or [kind("data", download=True, **{key: value}) for value in names]
         except (TypeError, ValueError):  # other keywords
@@ -330,7 +336,9 @@ def torchvision_rows(name):
     rows = []
     for part in parts:
         kept = [list(getattr(part, name, ())) for name in ("targets", "labels", "_labels")]
-        labels = max(kept, key=len) or [part[i][1] for i in range(len(part))]  # decodes each image
+        labels = max(kept, key=len)
+        if not labels or np.ndim(labels[0]):  # QMNIST's are rows of numbers
+            labels = [part[i][1] for i in range(len(part))]  # decodes each image
         names = getattr(part, "classes", None) or [f"{number:05d}" for number in range(1 + max(labels))]
         rows += [((part, i), str(names[label]), "", part is parts[1]) for i, label in enumerate(labels)]
     return rows
@@ -370,13 +378,18 @@ def stratified_folds(labels, groups, folds, seed):
 
 
 def held_out(labels, groups, seed):
-    """(n,) bool: about a tenth of the labels, to choose by: whole groups, never all those of a class."""
-    fold = stratified_folds(labels, groups, 10, seed)
-    sizes = fold.bincount(minlength=10).double()
-    sizes[sizes == 0] = math.inf
+    """(n,) bool: about a tenth of the labels, or 10,000, to choose by: whole groups, never all of a class."""
+    folds = max(10, math.ceil(len(labels) / 10_000))
+    fold = stratified_folds(labels, groups, folds, seed)
     pairs = torch.stack([labels, groups]).unique(dim=1)
     only = (pairs[0].bincount() == 1)[labels]  # of a class with one group
-    return (fold == (sizes - len(labels) / 10).abs().argmin()) & ~torch.isin(groups, groups[only])
+    free = ~torch.isin(groups, groups[only])
+    sizes = fold[free].bincount(minlength=folds).double()
+    sizes[sizes == 0] = math.inf
+
+    held = free & (fold == (sizes - len(labels) / folds).abs().argmin())
+    kept = labels[~held].bincount(minlength=int(labels.max()) + 1)
+    return held & ~torch.isin(groups, groups[kept[labels] == 0])
 
 
 class Pictures(Dataset):
@@ -791,6 +804,9 @@ def linear_probe(features, labels, groups, classes, args, seed=0, augmented=None
     fitted = [as_layer(head.cpu(), norm.cpu()) for head in heads]
     scores = [held_out_score(features[held] @ weight + bias, labels[held]) for weight, bias in fitted]
     best = scores.index(max(scores))
+    if len(rates) > 1:
+        shares = (f"{rate:g}: {score / held.sum():.1%}" for rate, score in zip(rates, scores, strict=True))
+        say(f"--rates, of {held.sum()} labels kept out right: {', '.join(shares)}")
     if not fitted[best][0].isfinite().all():
         raise SystemExit("--mode linear: weights are not finite; lower --rates")
     return *fitted[best], {"rate": rates[best]}
@@ -898,8 +914,10 @@ ONLY_IN = {  # modes: flags that no other mode reads
     "finetune": "base_lr layer_decay drop_path label_smoothing mixup cutmix rand_augment",
     "linear": "rates probe_norm augment",
     "linear, finetune": "solver weight_decay warmup_epochs min_scale",
+    "knn": "k",
     "predict": "head",
     "linear, finetune, knn, logreg": "labels seeds",
+    "linear, finetune, knn, logreg, features": "side feature layers",
 }
 
 
@@ -920,8 +938,9 @@ def splits(data, args, seed):
 
 
 def plain(words):
-    """As a part of a file's name: the end of it, without slashes and the like."""
-    return re.sub(r"\W+", "-", os.path.normpath(words)).strip("-")[-40:] or "here"
+    """As a part of a file's name: without slashes and the like; of a long one its end, and a checksum."""
+    name = re.sub(r"\W+", "-", os.path.normpath(words)).strip("-") or "here"
+    return name if len(name) <= 40 else f"{name[-31:]}-{zlib.crc32(os.fsencode(words)):08x}"
 
 
 def result_path(args, name):
@@ -931,7 +950,7 @@ def result_path(args, name):
     folder = Path(args.out or (file.parent if file.is_file() else f"runs/{plain(args.backbone)}"))
     words = [name.stem, args.data, args.labels_csv.removesuffix(".csv"), args.group_pattern]
     if args.out or (file.is_file() and file.stem != "backbone"):
-        words = [str(file.with_suffix("")) if args.out else file.stem, *words]
+        words = [str(file).removesuffix(".pt") if args.out else file.stem, *words]
     if args.backbone.startswith("random:"):
         words = ["random", *words]
     return folder / f"{'-'.join(plain(word) for word in words if word)}{name.suffix}"
@@ -969,12 +988,15 @@ def evaluate(args: Args) -> dict:
     at_most = dict.fromkeys(("min_scale", "layer_decay", "drop_path", "label_smoothing"), 1)
     at_most["warmup_epochs"] = args.epochs or (30 if args.mode == "finetune" else 100)
     check_flags(replace(args, layers=()), zero, at_most)
+    for name in ("k", "layers"):
+        if not getattr(args, name):
+            raise SystemExit(f"--{name}: give a number, or more")
+    mode = "knn" if args.watch else args.mode
     for modes, names in ONLY_IN.items():
-        own = args.watch or args.mode in modes.split(", ")
-        for name in () if own else names.split():
+        for name in () if mode in modes.split(", ") else names.split():
             if getattr(args, name) != getattr(Args, name):
                 flag = name.replace("_", "-")
-                raise SystemExit(f"--{flag}: is for --mode {modes}, not {args.mode}; leave it out")
+                raise SystemExit(f"--{flag}: is for --mode {modes}, not {mode}; leave it out")
 
     rank, world, device, amp = start_processes(args.device, args.amp)
     work = {"predict": predict, "features": export_features}.get(args.mode, measure)
@@ -1108,19 +1130,21 @@ def export_features(args, device, amp):
 def predict(args, device, amp):
     """predictions.csv (path, class, probability) for every image below --data with a head of this backbone;
     the row of an image that cannot be read is empty."""
-    like = result_path(replace(args, data="", labels_csv="", group_pattern=""), "head.pt")
-    found = sorted(like.parent.glob(f"{like.stem}-*.pt"), key=os.path.getmtime)
-    path = Path(args.head or (found or [like])[-1])
+    own = replace(args, data="", labels_csv="", group_pattern="")
+    likes = [result_path(replace(own, out=out), "head.pt") for out in (args.out, "")]
+    found = [path for like in likes for path in like.parent.glob(f"{like.stem}-*.pt")]
+    path = Path(args.head or max(found, key=os.path.getmtime, default=likes[0]))
     try:
         head = torch.load(path, map_location="cpu", weights_only=True)
-        weight, bias, classes, choice = (head[key] for key in ("weight", "bias", "classes", "choice"))
+        weight, bias, classes, given = (head[key] for key in ("weight", "bias", "classes", "given"))
+        choice, network = dict(head["choice"]), head["network"]
     except Exception:
         raise SystemExit(f"--head {path}: missing or damaged; --mode logreg, linear or finetune writes it")
     backbone = load_backbone(args.backbone, **choice)
-    if fingerprint(backbone) != head["given"]:
+    if fingerprint(backbone) != given:
         raise SystemExit(f"--head {path}: was trained on another backbone than {args.backbone}")
-    if head["network"]:
-        backbone.net.load_state_dict(head["network"])
+    if network:
+        backbone.net.load_state_dict(network)
 
     items = folder_items(args.data)
     save_result(args, "predictions.csv")
@@ -1184,11 +1208,14 @@ def demo_image(index):
 
 def image_paths(folder):
     """Paths of the images below a folder, sorted: an array of bytes, which workers share, with room for any
-    name. Hidden (.thumbnails, ._IMG.jpg, @eaDir) is no photo; links are followed where nothing else leads."""
+    name. Hidden (.thumbnails, ._IMG.jpg, @eaDir) and a run's pictures are no photos, folders that cannot be
+    read are named; links are followed where nothing else leads."""
+    if not os.path.isdir(folder):
+        sys.exit(f"--data {folder}: there is no such folder")
     files, entered, waiting, hidden = [], set(), [os.fsencode(folder)], (b".", b"@", b"__MACOSX")
     while waiting:  # first without links
-        for at, folders, names in os.walk(waiting.pop(0)):
-            if os.path.realpath(at) in entered:
+        for at, folders, names in os.walk(waiting.pop(0), onerror=print):
+            if os.path.realpath(at) in entered or b"metrics.jsonl" in names:
                 folders.clear()
                 continue
             entered.add(os.path.realpath(at))
@@ -1200,8 +1227,7 @@ def image_paths(folder):
     if not images:
         found = b" ".join(sorted({os.path.splitext(file)[1] for file in files})).decode(errors="replace")
         readable = b" ".join(IMAGE_ENDINGS).decode()
-        words = "no images found" if os.path.isdir(folder) else "there is no such folder"
-        sys.exit(f"--data {folder}: {words}; reads {readable}, found {found or 'nothing'}")
+        sys.exit(f"--data {folder}: no images found; reads {readable}, found {found or 'nothing'}")
     return np.array(sorted(images))
 
 
@@ -1273,6 +1299,8 @@ def check_flags(args, may_be_zero, at_most):
 
 def start_processes(device, amp):
     """From torchrun's environment: rank, number of processes, device, autocast type (None: float32)."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of a folder whose name it cannot write
     rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if world > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         sys.exit(f"WORLD_SIZE is {world}, without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: use torchrun")

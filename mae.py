@@ -392,11 +392,14 @@ def demo_image(index):
 
 def image_paths(folder):
     """Paths of the images below a folder, sorted: an array of bytes, which workers share, with room for any
-    name. Hidden (.thumbnails, ._IMG.jpg, @eaDir) is no photo; links are followed where nothing else leads."""
+    name. Hidden (.thumbnails, ._IMG.jpg, @eaDir) and a run's pictures are no photos, folders that cannot be
+    read are named; links are followed where nothing else leads."""
+    if not os.path.isdir(folder):
+        sys.exit(f"--data {folder}: there is no such folder")
     files, entered, waiting, hidden = [], set(), [os.fsencode(folder)], (b".", b"@", b"__MACOSX")
     while waiting:  # first without links
-        for at, folders, names in os.walk(waiting.pop(0)):
-            if os.path.realpath(at) in entered:
+        for at, folders, names in os.walk(waiting.pop(0), onerror=print):
+            if os.path.realpath(at) in entered or b"metrics.jsonl" in names:
                 folders.clear()
                 continue
             entered.add(os.path.realpath(at))
@@ -408,8 +411,7 @@ def image_paths(folder):
     if not images:
         found = b" ".join(sorted({os.path.splitext(file)[1] for file in files})).decode(errors="replace")
         readable = b" ".join(IMAGE_ENDINGS).decode()
-        words = "no images found" if os.path.isdir(folder) else "there is no such folder"
-        sys.exit(f"--data {folder}: {words}; reads {readable}, found {found or 'nothing'}")
+        sys.exit(f"--data {folder}: no images found; reads {readable}, found {found or 'nothing'}")
     return np.array(sorted(images))
 
 
@@ -568,6 +570,8 @@ def images_per_pass(args, images, world):
 
 def start_processes(device, amp):
     """From torchrun's environment: rank, number of processes, device, autocast type (None: float32)."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of a folder whose name it cannot write
     rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if world > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         sys.exit(f"WORLD_SIZE is {world}, without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: use torchrun")
@@ -688,8 +692,8 @@ def load_encoder(encoder, path, arch_args, flag="--init", maker="convert.py"):
 @contextlib.contextmanager
 def guarded(run, total, last=True):
     """Around the loop. In one process Ctrl-C and SIGTERM go into the list it yields, so that it ends after
-    the step in hand; a second one ends at once. Errors of disk and workers end in one line. last: no loop
-    comes after it."""
+    the step in hand; a second one ends at once. Errors of files end in one line. last: no loop comes
+    after it."""
     signals, hook = [], threading.excepthook
 
     def note(number, frame):
@@ -769,7 +773,7 @@ def save_checkpoint(path, **state):
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         torch.save(state, temporary)  # by its path: Ctrl-C within stays a KeyboardInterrupt
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # Windows syncs no other
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except RuntimeError as error:  # torch.save's words for a full disk

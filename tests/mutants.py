@@ -104,8 +104,14 @@ FAULTS = [  # script, the test that fails, a line or part of it, what stands the
      "range(rank, len(pictures), world)",
      "range(0, len(pictures), world)"),
     ("simclr", "test_data::test_links_are_followed_and_no_folder_counts_twice",
-     "if os.path.realpath(at) in entered:",
-     "if at in entered:"),
+     "if os.path.realpath(at) in entered or",
+     "if at in entered or"),
+    ("mae", "test_running::test_a_warm_up_longer_than_the_run_is_cut_to_it",
+     'group["lr"] = lr',
+     "pass"),
+    ("eval_linear", "test_labels::test_what_is_held_out_is_a_tenth_in_whole_groups",
+     "sizes = fold[free].bincount",
+     "sizes = fold.bincount"),
     ("simclr", "test_data::test_holes_are_black_and_leave_the_contrast_of_the_rest",
      "np.isfinite(values) & ~np",
      "~np.isnan(values) & ~np"),
@@ -159,6 +165,7 @@ FAULTS = [  # script, the test that fails, a line or part of it, what stands the
      "return temperature * loss"),
 ]
 # fmt: on
+HEALTHY = set()  # tests that have passed without a fault
 
 
 @pytest.mark.slow
@@ -169,9 +176,12 @@ def test_a_fault_is_noticed(script, test, line, fault, tmp_path):
     shutil.copytree(ROOT / "tests", copy / "tests")
     shutil.copytree(ROOT / "benchmarks", copy / "benchmarks")
     shutil.copy(ROOT / "pyproject.toml", copy)
-    for path in SCRIPTS:
-        (copy / path.name).write_text(path.read_text().replace(line, fault))
     file, _, name = test.partition("::")
     command = [sys.executable, "-m", "pytest", "-x", "-m", "not slow", f"tests/{file}.py", "-k", name]
-    done = run(command, cwd=copy, timeout=300)
-    assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout
+    for words in [fault] if test in HEALTHY else [fault, line]:  # the test passes without it
+        for path in SCRIPTS:
+            (copy / path.name).write_text(path.read_text().replace(line, words))
+        done = run(command, cwd=copy, timeout=300)
+        faulty = words == fault
+        assert done.returncode == int(faulty) and ("1 failed" in done.stdout) == faulty, done.stdout
+    HEALTHY.add(test)

@@ -1,6 +1,7 @@
 """byol.py against its fact sheet's oracles and lightly."""
 
 import copy
+import math
 import re
 from types import SimpleNamespace
 from unittest import mock
@@ -176,6 +177,16 @@ def test_optimiser_of_a_run(tmp_path, monkeypatch, base_lr, batch_size, peak):
     assert [group["lr"] for group in groups] == pytest.approx([peak] * 2)
     assert [(group["weight_decay"], group["lr_inside"]) for group in groups] == [(0.02, False), (0.0, False)]
     assert all(p.ndim > 1 for p in groups[0]["params"]) and all(p.ndim == 1 for p in groups[1]["params"])
+
+
+def test_schedule_of_a_run(folder, tmp_path):
+    """Oracle 6: from 0 up in warmup_epochs, then half a cosine to 0 over the steps that are left."""
+    flags = {"data": str(folder), "epochs": 5, "batch_size": 20, "warmup_epochs": 1.5, "base_lr": 0.1}
+    byol.train(tiny_args("byol", **flags, run_dir=str(tmp_path)))
+    peak = 0.1 * 20 / 256
+    fall = [peak * (1 + math.cos(math.pi * i / 7)) / 2 for i in range(7)]
+    found = [line["train/lr"] for line in metrics_of(tmp_path)]
+    assert found == pytest.approx([0, peak / 3, peak * 2 / 3, *fall])
 
 
 @pytest.mark.parametrize(

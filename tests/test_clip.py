@@ -205,6 +205,7 @@ def test_bad_tables_say_what_is_wrong():
         (b"image,caption\n0.png, \n0.png", "has no row with a caption"),
         (b"\xff\xfe\x00\x01", "Could not determine delimiter"),
         (b"image,caption\n" + b'0.png,"' + 200_000 * b"x", "field larger than field limit"),
+        (b'image\tcaption\n0.png\t"the last fox\n1.png\ta "deer"\n', "a quote is not closed .* line 3"),
     ):
         Path("a.csv").write_bytes(content)
         stopped(lambda: pairs("a.csv"), f"--data a.csv: .*{words}")

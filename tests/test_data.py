@@ -68,6 +68,23 @@ def test_hidden_files_and_folders_are_no_photos():
         assert len(simclr.image_paths(root)) == 1
 
 
+def test_pictures_of_a_run_are_no_photos_and_a_folder_that_cannot_be_read_is_named(monkeypatch, capsys):
+    """--data . with its own runs/ below; a disk has a lost+found of root's."""
+    fill("a/0.png", "runs/simclr/views.png", "lost+found/1.png")
+    Path("runs/simclr/metrics.jsonl").touch()
+    assert names_of(simclr.image_paths(".")) == ["./a/0.png", "./lost+found/1.png"]
+    scandir = os.scandir
+
+    def refuse(folder):
+        if b"lost" in folder:
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert names_of(simclr.image_paths(".")) == ["./a/0.png"]
+    assert "Permission denied: b'./lost+found'" in capsys.readouterr().out
+
+
 def test_links_are_followed_and_no_folder_counts_twice():
     plain = [f"photos/{name}.png" for name in ("a/0", "a/1", "a/2", "b/c/0", "b/c/1")]
     fill(*plain, "outside/0.png", "outside/d/1.png", "single.png", "photos/.store/0.png")

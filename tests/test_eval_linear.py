@@ -176,7 +176,7 @@ def test_logreg_is_scikit_learn_s_optimum_and_choice():
 
 
 def slow_probe(features, labels, args, rate, train, seed):
-    """One layer by torch.optim: the first loss, and logits of the features."""
+    """One layer by torch.optim: logits of the features."""
     layer, norm, losses = nn.Linear(features.shape[1], 3), nn.Identity(), []
     nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
     if args.probe_norm:
@@ -198,7 +198,7 @@ def slow_probe(features, labels, args, rate, train, seed):
             optimizer.zero_grad()
             losses[-1].backward()
             optimizer.step()
-    return losses[0].item(), layer(norm.eval()(features)).detach()
+    return layer(norm.eval()(features)).detach()
 
 
 @pytest.mark.parametrize(
@@ -210,16 +210,19 @@ def slow_probe(features, labels, args, rate, train, seed):
         {"rates": (0.1,), "solver": "adamw", "weight_decay": 0.1, "batch_size": 40, "warmup_epochs": 1.5},
     ],
 )
-def test_linear_probe_is_a_plain_loop(flags):
+def test_linear_probe_is_a_plain_loop(flags, monkeypatch):
     """Oracles 1 and 2: the first loss is ln C; BatchNorm becomes part of the layer. With one rate it learns
     from every label; weights decay, biases do not."""
     args, (features, labels, groups) = Args(**{"epochs": 3} | flags), clusters(150, noise=1.0)
     features = features * torch.logspace(-1, 1, 8) + 1 if args.probe_norm else features
-    weight, bias, chosen = linear_probe(features, labels, groups, 3, args, seed=3)
+    losses, cross_entropy = [], F.cross_entropy
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "cross_entropy", lambda *x: losses.append(cross_entropy(*x)) or losses[-1])
+        weight, bias, chosen = linear_probe(features, labels, groups, 3, args, seed=3)
     held = eval_linear.stratified_folds(labels, groups, 10, 3) == 0
     train = groups if args.rates else groups[~held]
-    first, logits = slow_probe(features, labels, args, chosen["rate"], train, 3)
-    assert first == pytest.approx(math.log(3), abs=1e-6) and accuracy(logits, labels)["top1"] > 85
+    logits = slow_probe(features, labels, args, chosen["rate"], train, 3)
+    assert losses[0].item() == pytest.approx(math.log(3), abs=1e-6) and accuracy(logits, labels)["top1"] > 85
     assert_close(features @ weight + bias, logits, atol=1e-4, rtol=1e-4)
 
 
@@ -687,7 +690,8 @@ def test_two_processes_write_what_one_writes(vit_file):
             dist.init_process_group("gloo")
             dist.init_process_group = dist.destroy_process_group = lambda *_: None
         for mode in ("knn", "linear", "logreg", "features", "predict"):
-            evaluate(Args(vit_file, mode, **data, device="cpu", k=(5,), epochs=2))
+            own = {"k": (5,)} if mode == "knn" else {}
+            evaluate(Args(vit_file, mode, **data, device="cpu", epochs=2, **own))
 
     for n in (1, 2):
         first, *others = Forked(measure, n).end()
@@ -728,6 +732,14 @@ def test_labels_of_torchvision_sets(monkeypatch):
             _, labels, classes, _, is_test = eval_linear.read_labels("Kept")
         assert labels.tolist() == [0, 1] * 9 and labels.dtype == torch.int64 and classes == ["a", "b"]
         assert is_test.tolist() == [False] * 12 + [True] * 6 and len(Kept.decoded) == 18 * (name == "other")
+    monkeypatch.setattr(Kept, "targets", [[0, 7]], raising=False)  # QMNIST's are rows
+    assert eval_linear.read_labels("Kept").labels.tolist() == [0, 1] * 9
+
+    def pets(root, download, split):
+        return Kept(root, download, {"trainval": True, "test": False}[split])
+
+    monkeypatch.setattr(torchvision.datasets, "Pets", pets, raising=False)
+    assert eval_linear.read_labels("Pets").is_test.sum() == 6
     evaluate(Args("pixels", "features", data="Kept", side=8, workers=0))
     assert load("runs/pixels/features-Kept.pt")["items"] == [str(i) for i in [*range(12), *range(6)]]
     assert in_two(lambda: len(eval_linear.read_labels("Kept").items)) == [18, 18]
@@ -875,6 +887,8 @@ def test_bad_flags_and_files(vit_file, resnet_file, monkeypatch):
     refused("--head vit/head.pt: missing or damaged; --mode logreg", vit_file, "predict", data="flat")
     evaluate(Args(vit_file, "logreg", **data))
     refused("was trained on another backbone", "pixels", "predict", data="flat", head=head)
+    torch.save(load(head) | {"choice": ("an", "older", "edition")}, "old.pt")
+    refused("--head old.pt: missing or damaged", vit_file, "predict", data="flat", head="old.pt")
     data = class_folders(8, 4)
     for match, path, mode, flags in (
         ("--labels 9: must be 2, one of each class, to all 8", "pixels", "knn", {"labels": 9}),
@@ -899,6 +913,10 @@ def test_bad_flags_and_files(vit_file, resnet_file, monkeypatch):
             {"weight_decay": 0.1},
         ),
         ("--seeds: is for --mode linear, .*, not predict", "pixels", "predict", {"seeds": 2}),
+        ("--k: is for --mode knn, not logreg", "pixels", "logreg", {"k": (5,)}),
+        ("--k: give a number, or more", "pixels", "knn", {"k": ()}),
+        ("--side: is for --mode linear, .*, not predict", "pixels", "predict", {"side": 2}),
+        ("--mixup: is for --mode finetune, not knn", "pixels", "finetune", {"watch": "vit", "mixup": 0.5}),
         ("the loss is .* in epoch .*; lower --base-lr", vit_file, "finetune", {"base_lr": 1e12}),
     ):
         refused(match, path, mode, **{"batch_size": 4} | data | flags)

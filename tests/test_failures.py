@@ -6,6 +6,7 @@ tested on every script, what is Plumbing on simclr.py; with tiny networks, in ru
 
 import contextlib
 import dataclasses
+import fcntl
 import itertools
 import json
 import math
@@ -288,9 +289,15 @@ def test_a_read_only_run_folder_says_so(args_of, monkeypatch, call):
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(monkeypatch):
-    """Or a power cut may leave an empty file under it."""
+    """Or a power cut may leave an empty file under it. Windows syncs only what may be written to."""
     calls, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: calls.append("fsync") or fsync(file))
+
+    def sync(file):
+        assert fcntl.fcntl(file, fcntl.F_GETFL) & os.O_RDWR
+        calls.append("fsync")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(os, "replace", lambda old, new: calls.append("replace") or replace(old, new))
     simclr.save_checkpoint("a.pt", method="x")
     assert calls == ["fsync", "replace"] and load("a.pt") == {"method": "x"}

@@ -23,19 +23,19 @@ SECTIONS = ["Args", "Augmentation", "Model", "Loss", "Optimiser", "Monitor", "Tr
 # Lines in all, before Plumbing, of train(). Above DESIGN's budgets: eval_linear (600) has any labels,
 # backbones, heads; the others, by what Plumbing has above 225; beit, clip, dino, dinov2, pretext by more.
 LINES = {
-    "beit": (986, 555, 90),
-    "byol": (804, 373, 110),
-    "clip": (1033, 602, 135),
+    "beit": (990, 555, 90),
+    "byol": (808, 373, 110),
+    "clip": (1039, 604, 135),
     "convert": (250, 250, 45),
-    "dino": (970, 539, 121),
-    "dinov2": (1074, 643, 137),
-    "eval_linear": (1302, 1302, 45),
-    "ijepa": (842, 411, 120),
-    "mae": (800, 369, 110),
-    "moco": (815, 384, 110),
-    "moco_v3": (836, 405, 110),
-    "pretext": (942, 511, 120),
-    "simclr": (794, 363, 110),
+    "dino": (974, 539, 121),
+    "dinov2": (1078, 643, 137),
+    "eval_linear": (1330, 1330, 45),
+    "ijepa": (846, 411, 120),
+    "mae": (804, 369, 110),
+    "moco": (819, 384, 110),
+    "moco_v3": (840, 405, 110),
+    "pretext": (946, 511, 120),
+    "simclr": (798, 363, 110),
 }
 FUNCTION, CHARACTERS, PARAGRAPH = 45, 58, 12
 PACKAGES = {"torch", "torchvision", "timm", "einops", "tyro", "tensorboard", "tqdm"}

@@ -88,6 +88,10 @@ def test_rows_without_a_label_are_skipped_and_counted(photos, capsys):
     printed = capsys.readouterr().out
     assert "--labels-csv labels.csv: 3 rows without a label are skipped" in printed
     assert "6 images, 2 classes: cat 3, fox 3" in printed
+    rows = CSV.replace("cat", "cat,mammal").replace("fox", "fox,mammal")
+    assert {*labelled(f"path,species,class\n{rows}\n\n")[0].values()} == {"cat", "fox"}
+    printed = capsys.readouterr().out
+    assert "the label is species, not class; rename" in printed and "without a label" not in printed
     labelled(CSV.replace("e.jpg,cat", "e.jpg,Cat"))
     printed = capsys.readouterr().out
     assert "3 classes: Cat 1, cat 2, fox 3" in printed  # a slip is seen
@@ -197,6 +201,12 @@ def test_what_is_held_out_is_a_tenth_in_whole_groups(generator):
     labels = torch.arange(1000) % 10
     assert (labels[eval_linear.held_out(labels, torch.arange(1000), 0)].bincount() == 10).all()
     assert not eval_linear.held_out(labels % 2, torch.zeros(1000).long(), 0).any()
+    assert 9000 < eval_linear.held_out(torch.arange(200_000) % 2, torch.arange(200_000), 0).sum() <= 10_000
+    for seed in range(40):  # cameras, most with a class that no other has: what is free is held
+        groups = torch.randint(12, (3000,), generator=generator)
+        labels = torch.where(torch.rand(3000, generator=generator) < 0.2, 2 + groups.clamp(max=8), groups % 2)
+        held = eval_linear.held_out(labels, groups, seed)
+        assert held.any() and set(labels[held].tolist()) <= set(labels[~held].tolist())
 
 
 def test_a_name_on_two_lines_is_named_in_one():
@@ -335,12 +345,15 @@ def test_results_of_other_data_have_their_own_names(photos):
     assert json.loads((folder / "eval-linear-photos-first.json").read_text())["labels_csv"] == "first.csv"
 
     head = folder / "head-linear-photos-first.pt"
-    evaluate(replace(base, mode="predict", head=str(head), out="there"))
+    ask = replace(base, mode="predict", side=0)  # the head's
+    evaluate(replace(ask, head=str(head), out="there"))
     evaluate(replace(base, mode="knn", labels_csv="first.csv", out="there"))
     written = {path.name for path in Path("there").iterdir()}
     assert written == {"pixels-predictions-photos.csv", "pixels-eval-knn-photos-first.json"}
     os.utime(head, (2e9, 2e9))  # the newest is taken
-    evaluate(replace(base, mode="predict"))
+    evaluate(ask)
+    evaluate(replace(ask, out="elsewhere"))  # by the head beside the backbone
+    assert Path("elsewhere/pixels-predictions-photos.csv").exists()
     there = Path("there/pixels-predictions-photos.csv").read_text()
     assert (folder / "predictions-photos.csv").read_text() == there
 
@@ -349,6 +362,12 @@ def test_results_of_other_data_have_their_own_names(photos):
         path = eval_linear.result_path(replace(base, backbone=name, labels_csv="first.csv"), "head-linear.pt")
         assert str(path) == f"{stem}head-linear-photos-first.pt"
     assert str(eval_linear.result_path(replace(base, data="."), "x.csv")) == "runs/pixels/x-here.csv"
+    long = "imagenet100_resnet50_epochs200_batch256/backbone.pt"
+    backbones = ("timm:vit_base.dino", "timm:vit_base.mae", f"seed1/{long}", f"seed2/{long}")
+    assert (
+        len({eval_linear.result_path(replace(base, backbone=name, out="there"), "x") for name in backbones})
+        == 4
+    )
 
 
 def test_a_folder_that_cannot_be_written_to_is_said_before_the_work(photos, monkeypatch):

@@ -62,11 +62,17 @@ def trained(script, folder, tmp_path_factory):
     """A run of two epochs of two steps, in bfloat16, whose warm-up would last three."""
     path = tmp_path_factory.mktemp(script) / "run"
     flags = {"data": str(folder), "epochs": 2, "batch_size": 20, "warmup_epochs": 3.0, "amp": "bf16"}
-    args, module, armed = tiny_args(script, **flags, run_dir=str(path)), importlib.import_module(script), []
+    args, module = tiny_args(script, **flags, run_dir=str(path)), importlib.import_module(script)
+    log, update, armed, rates = module.log_metrics, torch.amp.GradScaler.step, [], []
+
+    def step(scaler, optimizer):
+        rates.append([(group["lr"], group.get("scale", 1.0)) for group in optimizer.param_groups])
+        return update(scaler, optimizer)
+
     with pytest.MonkeyPatch.context() as patch:
-        log = module.log_metrics
         patch.setattr(module, "log_metrics", lambda *given: armed.append(given[-1]) or log(*given))
-        facts = {"args": args, "metrics": module.train(args), "armed": armed}
+        patch.setattr(torch.amp.GradScaler, "step", step)
+        facts = {"args": args, "metrics": module.train(args), "armed": armed, "rates": rates}
     return SimpleNamespace(**facts, folder=path, file=str(path / "backbone.pt"))
 
 
@@ -123,6 +129,11 @@ def test_a_warm_up_longer_than_the_run_is_cut_to_it(script, trained):
         expected = [peak / 3, peak * 2 / 3, peak, 1e-6]
     assert [line["train/lr"] for line in metrics_of(trained.folder)] == pytest.approx(expected)
     assert trained.armed == [3 if script == "ijepa" else 4] * 4
+
+    for lr, groups in zip(expected, trained.rates[-4:], strict=True):  # BEiT's tokenizer has steps before
+        for rate, scale in groups:
+            assert rate == pytest.approx(lr * scale) or script == "dinov2" and rate == 0  # frozen
+    assert sum(rate > 0 for groups in trained.rates for rate, _ in groups) >= 2
 
 
 @every_script
