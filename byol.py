@@ -5,8 +5,8 @@
 r"""BYOL: learn features by predicting what a slow copy of oneself sees in another view; no negatives.
 
 Paper: Grill et al. 2020, arXiv 2006.07733; where it and the official JAX code differ, the code.
-The online network, encoder f and projector g, makes z = g(f(v)) of view v, and a predictor q a guess q(z) at
-what the target network makes of the other view, z'. The target is a moving average (Eq. 1, 2):
+The online network, encoder f and projector g, maps view v to z = g(f(v)); from z its predictor q guesses z',
+what the target network makes of the other view. The target is a moving average (Eq. 1, 2):
   L = |q(z) / |q(z)| - z' / |z'||^2 = 2 - 2 cos(q(z), z'), plus the same with the views exchanged
   target <- tau target + (1 - tau) online, after each step, with tau rising to 1
 The same z for all images would give L = 0. What keeps it away: a predictor on one side only, no gradient into
@@ -41,6 +41,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,9 +180,9 @@ class BYOL(nn.Module):
 
     def __init__(self, arch="resnet50", stem="imagenet", proj_dim=256, hidden_dim=4096, predictor=True):
         super().__init__()
-        self.online = nn.Sequential()
-        self.online.backbone, width = resnet(arch, stem)
-        self.online.projector = head(width, hidden_dim, proj_dim)
+        net, width = resnet(arch, stem)
+        projector = head(width, hidden_dim, proj_dim)
+        self.online = nn.Sequential(OrderedDict(backbone=net, projector=projector))
         self.predictor = head(proj_dim, hidden_dim, proj_dim) if predictor else nn.Identity()
         self.target = copy.deepcopy(self.online).requires_grad_(False)
 
@@ -310,7 +311,7 @@ def train(args: Args) -> dict:
     workers = {"num_workers": args.workers, "worker_init_fn": ignore_signals}
     loader = DataLoader(data, batch_sampler=keys, pin_memory=device.type == "cuda", **workers)
     chances = torch.tensor([args.blurs, (0.0, args.solarize)], device=device)
-    blur, solarize = chances.repeat(1, local_batch).view(2, -1, 1, 1, 1)  # for each view of each image
+    blur, solarize = chances.repeat(1, local_batch).view(2, -1, 1, 1, 1)  # views alternate
     blur_radius = args.image_size // 20 if any(args.blurs) else 0  # kernel of a tenth of the side
     mean, std = (torch.tensor(numbers, device=device).view(3, 1, 1) for numbers in (MEAN, STD))
     if rank == 0:
@@ -321,7 +322,7 @@ def train(args: Args) -> dict:
             lr = cosine_schedule(step, total, warmup, peak_lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            tau = 1 - (1 - args.momentum) * (math.cos(math.pi * step / total) + 1) / 2
+            tau = cosine_schedule(step, total, 0, args.momentum, 1.0)
 
             pixels = torch.stack([crop.to(device, non_blocking=True) for crop in crops], dim=1)
             generator = seeded(3, args.seed, step)  # 1: crops, 2: order of the images, 3: augment
@@ -337,9 +338,9 @@ def train(args: Args) -> dict:
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 online = [net(view) for view in views]  # BatchNorm sees one view at a time
                 with torch.no_grad():
-                    target = [model.target(view) for view in views]
-            prediction, z, h = (torch.stack(rows, dim=1) for rows in zip(*online, strict=True))  # (b, 2, D)
-            target = torch.stack(target, dim=1) if args.stop_gradient else z
+                    target_z = [model.target(view) for view in views]
+            prediction, z, h = (torch.stack(pair, dim=1) for pair in zip(*online, strict=True))  # (b, 2, D)
+            target = torch.stack(target_z, dim=1) if args.stop_gradient else z
             loss = byol_loss(prediction[:, 0], target[:, 1]) + byol_loss(prediction[:, 1], target[:, 0])
 
             optimizer.zero_grad()

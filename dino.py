@@ -482,14 +482,14 @@ def train(args: Args) -> dict:
             u = torch.rand(len(crops), args.batch_size, 9, generator=generator)
             u = u.chunk(world, dim=1)[rank].to(device, non_blocking=True)
             order = [*torch.randperm(4, generator=generator).tolist(), 4]
-            pixels = augment_crops(crops, u, order, args)
+            augmented = augment_crops(crops, u, order, args)
 
-            images = [(x - mean) / std for x in pixels]
+            views = [(x - mean) / std for x in augmented]
             torch.manual_seed(seeded(4, args.seed, step, rank).initial_seed())  # of stochastic depth
             with torch.autocast(device.type, amp, enabled=amp is not None):
-                h = teacher.backbone(images[0])  # whose weights take no gradient
+                h = teacher.backbone(views[0])  # of global crops; frozen
                 teacher_logits = teacher.head(h).unflatten(0, (2, -1))
-                student_logits = torch.cat([net(x) for x in images]).unflatten(0, (len(crops), -1))
+                student_logits = torch.cat([net(x) for x in views]).unflatten(0, (len(crops), -1))
             center = model.center.clone()  # of before this step
             center = sinkhorn_center(teacher_logits, teacher_temp) if args.sinkhorn else center
             loss = dino_loss(student_logits, teacher_logits, center, args.student_temp, teacher_temp)
@@ -523,10 +523,10 @@ def train(args: Args) -> dict:
                 log_metrics(run, step, metrics | found | {"dino/momentum": momentum}, problems, alarm_from)
 
             if rank == 0 and (saves or step in (1, total)):
-                rows = torch.cat([F.interpolate(x, args.image_size) for x in pixels])
+                rows = torch.cat([F.interpolate(x, args.image_size) for x in augmented])
                 rows = rows.unflatten(0, (-1, local_batch))[:, :8].flatten(0, 1)  # a column for each image
                 torchvision.utils.save_image(rows, run.folder / "views.png", nrow=min(8, local_batch))
-                page = attention_page(teacher.backbone, images[0][:8], pixels[0][:8])
+                page = attention_page(teacher.backbone, views[0][:8], augmented[0][:8])
                 torchvision.utils.save_image(page, run.folder / "attention.png", nrow=1 + heads)
             if saves:
                 save_run(run, step, teacher.backbone.state_dict(), **facts)

@@ -242,15 +242,15 @@ def block_mask(grid, num_masked, rng, min_block=16):
     return mask
 
 
-def draw_masks(crops, mine, grid, ratios, probability, seed):
-    """Masks (len(mine), N) of crops number `mine` of `crops`. Of all, n = int(crops probability), at random,
+def draw_masks(total, indices, grid, ratios, probability, seed):
+    """Masks (len(indices), N) of these of total crops. n = int(total probability) of all, at random,
     hide patches: the k-th up to int(N u), u uniform in the k-th of n parts of ratios. Uses block_mask."""
-    rng, n = random.Random(seed), int(crops * probability)
+    rng, n = random.Random(seed), int(total * probability)
     edges = np.linspace(*ratios, n + 1)
     counts = [int(math.prod(grid) * rng.uniform(*part)) for part in pairwise(edges)]
-    counts += [0] * (crops - n)
+    counts += [0] * (total - n)
     rng.shuffle(counts)
-    masks = [block_mask(grid, counts[i], random.Random(hash((seed, i))), min_block=4) for i in mine]
+    masks = [block_mask(grid, counts[i], random.Random(hash((seed, i))), min_block=4) for i in indices]
     return torch.stack(masks).flatten(1)
 
 
@@ -343,7 +343,7 @@ TIMM_NAMES = {"register_tokens": "reg_token"}  # official: timm's; the others ar
 
 def to_timm(weights):
     """Weights {official name: tensor} -> {timm's: tensor}, in the same memory, for backbone.pt and --init.
-    Beside registers timm's [CLS] has no position: in place, cls_token takes it. Uses TIMM_NAMES."""
+    Changes them: beside registers timm's [CLS] has no position, cls_token takes it. Uses TIMM_NAMES."""
     named = {TIMM_NAMES.get(name, name): tensor for name, tensor in weights.items()}
     del named["mask_token"]
     if "reg_token" in named:
@@ -455,11 +455,11 @@ def parameter_groups(model, layerwise_decay, patch_embed_lr):
     behind them and in the heads; decays; last, the prototypes."""
     depth, groups = len(model.backbone.blocks), {}
     for name, p in model.named_parameters():
-        words, layer = name.split("."), depth + 1
-        if words[0] == "backbone" and words[1] != "norm":
-            layer = int(words[2]) + 1 if words[1] == "blocks" else 0
+        at, layer = name.split("."), depth + 1
+        if at[0] == "backbone" and at[1] != "norm":
+            layer = int(at[2]) + 1 if at[1] == "blocks" else 0
         scale = layerwise_decay ** (depth + 1 - layer)
-        if words[1] == "patch_embed":
+        if at[1] == "patch_embed":
             scale *= patch_embed_lr
         groups.setdefault((scale, p.ndim > 1, "last_layer" in name), []).append(p)
     names = "scale", "decays", "last"
@@ -518,9 +518,9 @@ def train(args: Args) -> dict:
     per_epoch = len(data.items) // args.batch_size
     total = args.epochs * per_epoch
     warmup = min(total, round(args.warmup_epochs * per_epoch))
-    thaw = args.freeze_last_layer * per_epoch
-    warm = args.warmup_teacher_temp_epochs * per_epoch
-    temps = np.linspace(args.warmup_teacher_temp, args.teacher_temp, warm).tolist()
+    unfreeze = args.freeze_last_layer * per_epoch
+    temp_warmup = args.warmup_teacher_temp_epochs * per_epoch
+    temps = np.linspace(args.warmup_teacher_temp, args.teacher_temp, temp_warmup).tolist()
     temps += [args.teacher_temp] * total  # T_t of each step
 
     torch.manual_seed(args.seed)
@@ -544,7 +544,7 @@ def train(args: Args) -> dict:
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     run = open_run(args, "dinov2", parts, len(data.items), amp)  # loads its checkpoint into the parts
     step = run.step
-    alarm_from = max(warmup, thaw, warm, min(500, total // 5))
+    alarm_from = max(warmup, unfreeze, temp_warmup, min(500, total // 5))
     if args.compile:
         student.backbone.compile()
         teacher.backbone.compile()
@@ -566,7 +566,7 @@ def train(args: Args) -> dict:
                 lr *= warmup / max(1, warmup - 1)
             decay = cosine_schedule(step, total, 0, args.weight_decay, args.final_weight_decay)
             for group in optimizer.param_groups:
-                frozen = group["last"] and step < thaw  # with moments, unlike DINO's
+                frozen = group["last"] and step < unfreeze  # but with moments
                 group["lr"] = 0.0 if frozen else lr * group["scale"]
                 group["weight_decay"] = decay if group["decays"] else 0.0
             momentum = cosine_schedule(step, total, 0, args.momentum, args.final_momentum)
@@ -576,7 +576,7 @@ def train(args: Args) -> dict:
             u = torch.rand(len(crops), args.batch_size, 9, generator=generator)
             u = u.chunk(world, dim=1)[rank].to(device, non_blocking=True)
             order = [*torch.randperm(4, generator=generator).tolist(), 4]
-            pixels = augment_crops(crops, u, order, args)
+            augmented = augment_crops(crops, u, order, args)
 
             seed = seeded(5, args.seed, step).initial_seed()
             masks = draw_masks(2 * args.batch_size, mine, grid, args.mask_ratios, 0.5, seed)
@@ -586,22 +586,22 @@ def train(args: Args) -> dict:
             masks, weights, hidden = (x.to(device, non_blocking=True) for x in (masks, weights, hidden))
             if step == 0 and rank == 0:  # hidden patches are black
                 seen = F.interpolate((~masks).view(-1, 1, *grid).float(), args.image_size)
-                torchvision.utils.save_image((pixels[0] * seen)[:32], run.folder / "views.png")
+                torchvision.utils.save_image((augmented[0] * seen)[:32], run.folder / "views.png")
 
-            images = [(x - mean) / std for x in pixels]
+            global_crops, *local_crops = [(x - mean) / std for x in augmented]
             torch.manual_seed(seeded(4, args.seed, step, rank).initial_seed())  # of stochastic depth
             with torch.autocast(device.type, amp, enabled=amp is not None):
-                h, *taught = teacher(images[0], None, hidden)  # which takes no gradient
-                cls, cls_logits, patch_logits = net(images[0], masks, hidden, *images[1:])
+                h, *teacher_logits = teacher(global_crops, None, hidden)  # frozen
+                cls, cls_logits, patch_logits = net(global_crops, masks, hidden, *local_crops)
             cls_logits = cls_logits.unflatten(0, (len(crops), -1))
 
-            pairs = [*zip(taught, centers, strict=True)]  # of [CLS], of patches
+            pairs = [*zip(teacher_logits, centers, strict=True)]  # of [CLS], of patches
             if args.sinkhorn:
-                targets = [sinkhorn_knopp(logits, teacher_temp) for logits in taught]
+                targets = [sinkhorn_knopp(logits, teacher_temp) for logits in teacher_logits]
             else:
                 targets = [teacher_targets(*pair, teacher_temp) for pair in pairs]
-            for logits, center in pairs if args.centering and not args.sinkhorn else ():
-                move_center(center, logits, 0.9)  # after its use
+                for logits, center in pairs if args.centering else ():
+                    move_center(center, logits, 0.9)  # after its use
             cls_targets = targets[0].unflatten(0, (2, -1))
 
             dino = sum(dino_losses(cls_logits, cls_targets, args.student_temp))

@@ -177,11 +177,11 @@ class MAE(nn.Module):
         self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
-        width, depth, heads = DECODERS.get(arch, (512, 8, 16))
+        width, decoder_depth, decoder_heads = DECODERS.get(arch, (512, 8, 16))
         self.decoder_embed = nn.Linear(dim, width)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.decoder_pos_embed = nn.Parameter(sincos_positions(width, side), requires_grad=False)
-        self.decoder_blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.decoder_blocks = nn.Sequential(*(Block(width, decoder_heads) for _ in range(decoder_depth)))
         self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_pred = nn.Linear(width, 3 * patch_size**2)
 
@@ -319,21 +319,21 @@ def train(args: Args) -> dict:
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            pixels = (crops.to(device, non_blocking=True) / 255 - mean) / std
+            images = (crops.to(device, non_blocking=True) / 255 - mean) / std
             noise = torch.rand(args.batch_size, patches, generator=seeded(3, args.seed, step))
             noise = noise.chunk(world)[rank].to(device, non_blocking=True)
-            chunks = [*zip(pixels.split(micro), noise.split(micro), strict=True)]
+            chunks = [*zip(images.split(micro), noise.split(micro), strict=True)]
 
             optimizer.zero_grad()
             loss = 0.0
-            for i, (images, noise) in enumerate(chunks):
+            for i, (chunk, chunk_noise) in enumerate(chunks):
                 net.require_backward_grad_sync = i == len(chunks) - 1  # DDP's mean, once a step
                 with torch.autocast(device.type, amp, enabled=amp is not None):
-                    pred, mask, latent = net(images, args.mask_ratio, noise)
-                target, patch_mean, patch_std = pixel_targets(images, args.patch_size, args.norm_pix)
-                part = mae_loss(pred, target, mask) / len(chunks)  # chunks are of one size
-                scaler.scale(part).backward()
-                loss = loss + part.detach()
+                    pred, mask, latent = net(chunk, args.mask_ratio, chunk_noise)
+                target, patch_mean, patch_std = pixel_targets(chunk, args.patch_size, args.norm_pix)
+                chunk_loss = mae_loss(pred, target, mask) / len(chunks)  # of one size
+                scaler.scale(chunk_loss).backward()
+                loss = loss + chunk_loss.detach()
 
             step += 1
             run.bar.update()
@@ -354,9 +354,9 @@ def train(args: Args) -> dict:
                 log_metrics(run, step, metrics | found, problems, alarm_from)
 
             if rank == 0 and (saves or step in (1, total)):
-                filled = pred * patch_std + patch_mean  # norm_pix: with the true ones, not predicted
+                filled = pred * patch_std + patch_mean
                 picture = "reconstruction-true-mean.png" if args.norm_pix else "reconstruction.png"
-                panels = reconstruction(images, filled, mask, args.patch_size) * std + mean
+                panels = reconstruction(chunk, filled, mask, args.patch_size) * std + mean
                 torchvision.utils.save_image(panels, run.folder / picture, nrow=len(panels) // 3)
             if saves:
                 save_run(run, step, encoder, **facts)
