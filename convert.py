@@ -8,11 +8,11 @@
   python eval_linear.py --backbone dinov2.pt --data photos/ --mode logreg
 
 By names and shapes alone it knows MAE, DINO, DINOv2, MoCo v1 to v3 (not of its CIFAR notebook), BEiT, I-JEPA,
-CLIP, and ViTs and ResNets of timm and torchvision, under any prefix; of several networks it takes the one
-the paper evaluates (teacher, query encoder), and refuses what does not fill its network to the last tensor.
+CLIP's ViTs, and ViTs and ResNets of timm and torchvision, under any prefix; of several networks it takes the
+one the paper evaluates (teacher, query encoder), and refuses what does not fill its network to the last
+tensor. What no tensor shows it cannot see: anti-aliased ResNets, SigLIP's tanh-GELU.
 """
 
-import argparse
 import os
 import re
 import sys
@@ -61,6 +61,10 @@ NAMES |= {"ln_pre": "norm_pre", "ln_": "norm", r"self_\w+": "attn", "in_proj_": 
 NAMES |= {r"mlp\.(0|linear_1|c_fc|w12)\b": "mlp.fc1", r"mlp\.(3|linear_2|c_proj|w3)\b": "mlp.fc2"}
 NAMES |= {r"^0\.": "conv1.", r"^1\.": "bn1."} | {rf"^{n + 3}\.": f"layer{n}." for n in (1, 2, 3, 4)}
 
+# classes beside the weights in files of DINO, MAE, BEiT, open_clip: flags, paths, learning rates
+IGNORED = "argparse.Namespace pathlib.PosixPath pathlib._local.PosixPath numpy.dtype".split()
+IGNORED += ["numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"]
+
 
 def flatten(part, start=""):
     """Dicts in dicts -> pairs of a name with dots and a tensor."""
@@ -73,7 +77,10 @@ def flatten(part, start=""):
 
 def read_file(path, run_program):
     """{name with dots: tensor} of a whole checkpoint. Uses flatten."""
-    torch.serialization.add_safe_globals([argparse.Namespace])  # flags, in files of DINO and MAE
+    inert = {"__init__": lambda *given: None, "__setstate__": lambda *given: None}
+    for path_of_class in IGNORED:  # a class of that name takes its place, which keeps nothing
+        module, name = path_of_class.rsplit(".", 1)
+        torch.serialization.add_safe_globals([type(name, (), inert | {"__module__": module})])
     try:
         if run_program:
             file = torch.jit.load(path, map_location="cpu").state_dict()
@@ -159,6 +166,7 @@ def describe_vit(state, method, args):
 
     arch, published = VITS.get((dim, depth), ("vit", 0))
     special = {("moco_v3", 384): 12, ("mae", 384): 0, ("clip", dim): min(dim // 64, 16)}
+    special[("timm", 1536)] = 24 * ("gamma" in " ".join(state))  # DINOv2's; SigLIP's has 16
     published = tables[0].shape[1] if tables else special.get((method, dim), published)
     heads = args.heads or published
     if heads < 1 or dim % heads or (published not in (0, heads) and method != "timm"):
@@ -235,7 +243,8 @@ def convert(args):
     if not statistics:
         sys.exit(f"{args.file}: no tensor tells --statistics: imagenet (DINO, DeiT) or half (most of timm)")
     if method == "clip" and not (args.activation or any("input_resolution" in name for name in tensors)):
-        sys.exit(f"{args.file}: no tensor tells --activation: quick_gelu (OpenAI) or gelu (open_clip)")
+        words = "quick_gelu (OpenAI) or gelu (open_clip; laion2b's ViT-L-14 needs --statistics half, too)"
+        sys.exit(f"{args.file}: no tensor tells --activation: {words}")
 
     mean, std = STATISTICS[statistics]
     info = dict(method=method, arch=arch, builder=builder, arch_args=arch_args, image_size=image_size)

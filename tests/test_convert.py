@@ -10,6 +10,7 @@ import sys
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import timm
@@ -136,7 +137,9 @@ def dino():
     head = {"head.mlp.0.weight": torch.ones(8, 48), "head.last_layer.weight_g": torch.ones(4, 1)}
     teacher = under("backbone.", state) | head
     file = {"teacher": teacher, "student": under("module.", others(teacher)), "epoch": 100}
-    file |= {"dino_loss": {"center": torch.ones(1, 4)}, "args": argparse.Namespace(arch="vit_small", lr=1.0)}
+    flags = argparse.Namespace(arch="vit_small", lr=1.0, output_dir=Path("run"))
+    file |= {"dino_loss": {"center": torch.ones(1, 4)}, "args": flags}
+    file["optimizer"] = {"param_groups": [{"lr": np.float64(1e-3), "params": [0]}]}
     yield "full", "dino imagenet", file, net
     state, net = resnet()
     head = {"module.backbone.prototypes.weight": torch.ones(9, 4), "module.head.mlp.0.weight": torch.ones(8)}
@@ -331,6 +334,7 @@ SIZES = [(384, 12, 6), (768, 12, 12), (1024, 24, 16), (1280, 32, 16), (1408, 40,
 @pytest.mark.parametrize("width, depth, heads", SIZES)
 def test_heads_of_the_published_sizes(width, depth, heads):
     sizes = {"embed_dim": width, "depth": depth, "num_heads": heads, "num_classes": 0}
+    sizes["init_values"] = 1.0 if depth == 40 else None
     with torch.device("meta"):
         state = VisionTransformer(patch_size=16, **sizes).state_dict()
 
@@ -423,6 +427,24 @@ def test_prefix_chooses():
     _, file, _, _ = kinds(ijepa)["training"]
     chosen = converted(file, prefix="encoder", statistics="imagenet")["state_dict"]
     assert all(torch.equal(file["encoder"][f"module.{name}"], chosen[name]) for name in chosen)
+
+
+def test_files_of_older_numpys_are_read():
+    file = kinds(dino)["full"][1]
+    torch.save(file, "new.pth", _use_new_zipfile_serialization=False)
+    old = Path("new.pth").read_bytes().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    Path("old.pth").write_bytes(old)
+    tensors = convert.read_file("old.pth", False)
+    assert tensors.keys() == convert.read_file("new.pth", False).keys() == dict(convert.flatten(file)).keys()
+
+
+def test_heads_of_a_giant_are_asked_for():
+    """DINOv2's has LayerScale and 24 (above), SigLIP's of the same size 16."""
+    state = {f"blocks.{i}.mlp.fc1.bias": torch.zeros(6144) for i in range(40)}
+    state |= {"patch_embed.proj.weight": torch.zeros(1536, 3, 14, 14), "pos_embed": torch.zeros(1, 256, 1536)}
+    state |= {"blocks.0.mlp.fc2.weight": torch.zeros(1536, 6144)}
+    with pytest.raises(SystemExit, match="--heads 0: timm of width 1536 must have a divisor of it"):
+        convert.describe_vit(state, "timm", convert.Args("x"))
 
 
 def test_networks_that_nothing_ranks_are_refused():
