@@ -83,7 +83,7 @@ class Args:
     tokenizer_layers: int = 2  # each halves the sides: a code stands for 2^layers pixels a side (paper: 3)
     tokenizer_epochs: int = 4  # passes over the data for the tokenizer, before the others
     tokenizer_lr: float = 5e-3  # its learning rate, falling to 0; no warm-up (DALL-E: 1e-4)
-    kl_weight: float = 0.02  # of the KL divergence of a position's shares of codes from equal ones
+    kl_weight: float = 0.02  # of the KL divergence of a position's codes from the uniform distribution
     arch: Arch = "vit_nano"  # encoder, 128 to 1280 wide (paper: vit_base, vit_large)
     layer_scale: float = 0.1  # start of LayerScale (paper: 0.1, vit_large 1e-5)
     drop_path: float = 0.0  # stochastic depth of the last block, 0 in the first (paper: 0.1)
@@ -117,7 +117,7 @@ def random_crop(size, min_scale, max_scale=1.0):
 
 def block_mask(grid, num_masked, rng, min_block=16):
     """Blockwise mask (BEiT's Algorithm 1, 2106.08254, by its code): bool (H, W), at most num_masked True, in
-    blocks of min_block patches or more, the last ones smaller. rng: random.Random."""
+    blocks of about min_block patches up, the last ones smaller. rng: random.Random."""
     mask, missing, tries = torch.zeros(grid, dtype=torch.bool), num_masked, 0
     while missing > 0 and tries < 10:
         tries += 1
@@ -141,8 +141,8 @@ def mask_view(pixels, grid, num_masked, min_block):
 
 
 def jitter_colors(images, u, order, strength):
-    """On the device: uint8 (B, 3, H, W) -> [0, 1], brightness, contrast, saturation of each image, in this
-    order, times 1 - strength to 1 + strength by uniform random numbers u (B, 3), as torchvision's."""
+    """On the device: uint8 (B, 3, H, W) -> [0, 1], brightness, contrast, saturation, in `order`, times
+    1 - strength to 1 + strength by uniform random numbers u (B, 3) of each image, as torchvision's."""
     factors = 1 + strength * (2 * u.view(-1, 3, 1, 1, 1) - 1)
     x = images.float() / 255
     for i in order:  # away from black, from the mean gray, from gray
@@ -215,8 +215,8 @@ class RelativePositionBias(nn.Module):
 
 
 class BEiTAttention(nn.Module):
-    """Self-attention of tokens (B, N, D) with a bias (heads, N, N). Its keys have none of their own, it would
-    change nothing."""
+    """Self-attention of tokens (B, N, D) with a bias (heads, N, N) of its logits. Keys have no bias, which
+    would change nothing."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -294,7 +294,7 @@ class BEiT(nn.Module):
 
 # --- Loss ---------------------------------------------------------------------------------------------------
 def dvae_loss(logits, painted, images, kl_weight):
-    """Squared error of what is painted + kl_weight x KL(shares || equal ones) of a position, in [0, ln K], of
+    """Squared error of what is painted + kl_weight x KL(q || uniform) of a position, in [0, ln K], q of
     the logits (B, K, h, w) without noise and temperature; and both parts."""
     log_q = F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
     kl = math.log(logits.shape[1]) + (log_q.exp() * log_q).sum(dim=1).mean()
@@ -303,7 +303,7 @@ def dvae_loss(logits, painted, images, kl_weight):
 
 
 def beit_loss(logits, codes, hidden):
-    """Cross-entropy of logits (M, K) with codes (M,), summed, over the number of all hidden patches."""
+    """Cross-entropy of logits (M, K) with codes (M,), summed, over `hidden`, the mean M of processes."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, codes, reduction="sum") / hidden
 
@@ -325,12 +325,12 @@ def tokenizer_monitor(codes, tokens, error, kl):
     return metrics, {f"few codes are in use; {remedy}": "dvae/perplexity"} if few else {}
 
 
-def monitor(codes, answers, tokens, features):
-    """Metrics of codes (B, H, W) of K = tokens, answers (B, H, W), -1 where nothing is hidden, and features
+def monitor(codes, pred, tokens, features):
+    """Metrics of codes (B, H, W) of K = tokens, pred (B, H, W), -1 where nothing is hidden, and features
     (B, D) of a batch or chunk; and what is wrong, {words: the metric that shows it}.
     Uses code_shares, collapse_metrics."""
-    hidden = answers >= 0
-    accuracy = (answers == codes)[hidden].float().mean().item()
+    hidden = pred >= 0
+    accuracy = (pred == codes)[hidden].float().mean().item()
     shares, perplexity = code_shares(codes[hidden], tokens)
     majority = shares.max().item()
     metrics = {"beit/masked_accuracy": accuracy, "beit/majority": majority}
@@ -538,11 +538,11 @@ def train_beit(args, tokenizer, run, encoder, facts, data, micro, processes):
             scaler.step(optimizer)
             scaler.update()
 
-            if at_log:  # codes, answers and features: of the last chunk
+            if at_log:  # codes, pred and features: of the last chunk
                 metrics = {"train/loss": loss.item(), "train/lr": lr, "train/grad_norm": grad_norm.item()}
-                answers = torch.full_like(codes, -1).masked_scatter(mask, logits.argmax(dim=1))
+                pred = torch.full_like(codes, -1).masked_scatter(mask, logits.argmax(dim=1))
                 features = gather(tokens.detach()[:, 1:].mean(dim=1))
-                found, problems = monitor(gather(codes), gather(answers), args.tokens, features)
+                found, problems = monitor(gather(codes), gather(pred), args.tokens, features)
                 log_metrics(run, step, metrics | found, problems, alarm_from)
             if at_log and time.monotonic() >= run.save_at:
                 save_run(run, step, encoder, **facts)

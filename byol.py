@@ -324,12 +324,12 @@ def train(args: Args) -> dict:
                 group["lr"] = lr
             tau = cosine_schedule(step, total, 0, args.momentum, 1.0)
 
-            pixels = torch.stack([crop.to(device, non_blocking=True) for crop in crops], dim=1)
+            raw = torch.stack([crop.to(device, non_blocking=True) for crop in crops], dim=1)
             generator = seeded(3, args.seed, step)  # 1: crops, 2: order of the images, 3: augment
             u = torch.rand(args.batch_size, 2, 9, generator=generator).chunk(world)[rank]
             u = u.flatten(0, 1).to(device, non_blocking=True)
             order = [*torch.randperm(4, generator=generator).tolist(), 4]
-            images = augment(pixels.flatten(0, 1), u, order, args.jitter, blur, blur_radius, solarize)
+            images = augment(raw.flatten(0, 1), u, order, args.jitter, blur, blur_radius, solarize)
             if step == 0 and rank == 0:
                 torchvision.utils.save_image(images[:32], run.folder / "views.png")
 

@@ -169,7 +169,7 @@ def read_table(file):
 
 class Pairs(Dataset):
     """Images and their captions: item epoch x n + index is a view, the ids of one of its captions, and index.
-    `data` is as --data; not to train the demo is 1,024 other images. Uses read_table, demo_caption,
+    `data` is as --data; the demo without to_train is 1,024 other images. Uses read_table, demo_caption,
     NAMES, tokenize and Plumbing."""
 
     def __init__(self, args, data, to_train):
@@ -357,21 +357,22 @@ def clip_loss(image_features, text_features, logit_scale):
 # --- Monitor ------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def pair_statistics(z, scale, ids, index):
-    """Means (5,) over the pairs z (B, 2, E) here, both ways: accuracy, is the own one strictly above all that
-    are no answer; gap, how far their cross-entropy is below chance, that of equal logits; chance; floor, the
-    loss that is left if answers are found; share of texts as long as the context. An answer shares
-    the row's caption or image: ids, index are of the whole batch. Uses clip_logits, gather."""
+    """Means (5,) over the pairs z (B, 2, E) here, both ways: accuracy, is a pair strictly above all that do
+    not match; gap, how far their cross-entropy is below chance, that of equal logits, without twins; chance;
+    floor, the loss that is left if matches are found; share of texts as long as the context. A match shares
+    the row's caption or image, a twin is one that is not the pair. ids, index are of the whole batch.
+    Uses clip_logits, gather."""
     logits, own = clip_logits(z[:, 0], z[:, 1], scale)
     captions = torch.unique(ids, dim=0, return_inverse=True)[1]
-    answers = (captions == captions[own, None]) | (index == index[own, None])
-    others = answers.scatter(1, own[:, None], False)
+    matches = (captions == captions[own, None]) | (index == index[own, None])
+    twins = matches.scatter(1, own[:, None], False)
 
-    rows = logits.masked_fill(others, -torch.inf).flatten(0, 1)
+    rows = logits.masked_fill(twins, -torch.inf).flatten(0, 1)
     own = own.repeat(2)
     rivals = rows.scatter(1, own[:, None], -torch.inf).amax(dim=1)
     accuracy = (rows.gather(1, own[:, None])[:, 0] > rivals).float().mean()  # a tie is no success
     chance = rows.isfinite().sum(dim=1).log().mean()
-    floor = answers.sum(dim=1).log().mean()
+    floor = matches.sum(dim=1).log().mean()
     cut = (ids[:, -1] > 0).float().mean()
     return torch.stack([accuracy, chance - F.cross_entropy(rows, own), chance, floor, cut])
 
@@ -398,7 +399,7 @@ def monitor(statistics, z, h, scale):
 
 @torch.no_grad()
 def zero_shot_classifier(model, classes, templates=("{}",), tokenizer="bytes"):
-    """(E, C): for each class the mean of the text features of length 1 of all templates, of length 1 again
+    """(E, C): for each class the mean, over templates, of text features of length 1, at length 1 again
     (Sec. 3.1.4). Uses tokenize."""
     texts = [template.replace("{}", name) for name in classes for template in templates]
     ids = tokenize(texts, len(model.positional_embedding), tokenizer).to(model.logit_scale.device)
@@ -407,14 +408,14 @@ def zero_shot_classifier(model, classes, templates=("{}",), tokenizer="bytes"):
     return F.normalize(means, dim=1).T
 
 
-def recall(similarity, answers):
-    """Of similarity and answers (images, texts), True where a text is one of the image's: share in % of the
+def recall(similarity, matches):
+    """Of similarity and matches (images, texts), True where a text is one of the image's: share in % of the
     images that have one of their texts among the k best, and of the texts with one of their images. Ties with
     a wrong one count as lost."""
     wrong = {}  # how many are as good as the best answer
     for name, x, right in [
-        ("image_to_text", similarity, answers),
-        ("text_to_image", similarity.T, answers.T),
+        ("image_to_text", similarity, matches),
+        ("text_to_image", similarity.T, matches.T),
     ]:
         best = x.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
         wrong[name] = (x.masked_fill(right, -torch.inf) >= best).sum(dim=1)

@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.4", "torchvision>=0.19", "einops", "tyro", "tensorboard", "tqdm"]
 # ///
-r"""DINO: learn features by saying of any crop of an image what one's moving average says of other crops.
+r"""DINO: learn features by predicting, from any crop of an image, what the teacher says of other crops.
 
 Paper: Caron et al. 2021, arXiv 2104.14294; where paper and official PyTorch code differ, the code.
 Student and teacher, its moving average, turn crops into logits over K prototypes: the student all crops, two
@@ -21,7 +21,7 @@ Paper:  torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoi
             --final-momentum 1 --epochs 100 --batch-size 1024 --base-lr 5e-4 --warmup-epochs 10 \
             --workers 10
 
-Differs from the official code: without the paper's ResNets, with its --sinkhorn; crops resized as uint8,
+Differs from the official code: without the paper's ResNets, with its --sinkhorn; tensor crops,
 large JPEGs decoded smaller; colours in one order a batch; a true Gaussian blur, cut at 5 pixels; bfloat16 on
 GPUs that have it. Processes give loss, gradient and centre of one; each draws its own stochastic depth.
 """
@@ -73,7 +73,7 @@ class Args:
     local_min_scale: float = 0.15  # of local crops, which reach up to min_scale (paper: 0.05)
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
     crop_blurs: tuple[float, float, float] = (0.0, 0.0, 0.0)  # chance: 1st, 2nd, local (paper: 1 0.1 0.5)
-    solarize: float = 0.2  # probability of solarization (paper: 0.2)
+    solarize: float = 0.2  # probability of solarization (paper: 0.2, of the 2nd crop)
     workers: int = 2  # processes that read images, for each training process
 
     arch: Literal["vit_nano", "vit_tiny", "vit_small", "vit_base"] = "vit_nano"  # encoder (paper: last two)
@@ -241,7 +241,7 @@ VITS |= {"vit_base": (768, 12, 12), "vit_large": (1024, 24, 16), "vit_huge": (12
 
 def resize_positions(pos_embed, height, width):
     """Positions (1, 1 + N, D) of [CLS] and a square grid -> of height x width, bicubic; equal ones stay.
-    As officially 0.1 is added to the new sides, which shifts the grid a little."""
+    As officially 0.1 is added to the new sides, which scales the grid a little."""
     side = math.isqrt(pos_embed.shape[1] - 1)
     if (side, side) == (height, width):
         return pos_embed
@@ -371,7 +371,7 @@ def momentum_update(encoder_q, encoder_k, m):
 
 # --- Monitor ------------------------------------------------------------------------------------------------
 def target_moments(targets):
-    """Of targets (2, B, K): their mean (K), and behind it the mean of their entropies."""
+    """Targets (2, B, K) -> (K + 1): their mean, and behind it the mean of their entropies."""
     entropy = torch.special.entr(targets).sum(dim=-1).mean()
     return torch.cat([targets.mean(dim=(0, 1)), entropy[None]])
 
@@ -487,10 +487,10 @@ def train(args: Args) -> dict:
             views = [(x - mean) / std for x in augmented]
             torch.manual_seed(seeded(4, args.seed, step, rank).initial_seed())  # of stochastic depth
             with torch.autocast(device.type, amp, enabled=amp is not None):
-                h = teacher.backbone(views[0])  # of global crops; frozen
+                h = teacher.backbone(views[0])  # global crops
                 teacher_logits = teacher.head(h).unflatten(0, (2, -1))
                 student_logits = torch.cat([net(x) for x in views]).unflatten(0, (len(crops), -1))
-            center = model.center.clone()  # of before this step
+            center = model.center.clone()  # before this step
             center = sinkhorn_center(teacher_logits, teacher_temp) if args.sinkhorn else center
             loss = dino_loss(student_logits, teacher_logits, center, args.student_temp, teacher_temp)
             if args.centering and not args.sinkhorn:

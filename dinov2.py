@@ -225,7 +225,7 @@ def augment_crops(crops, u, order, args):
 
 def block_mask(grid, num_masked, rng, min_block=16):
     """Blockwise mask (BEiT's Algorithm 1, 2106.08254, by its code): bool (H, W), at most num_masked True, in
-    blocks of min_block patches or more, the last ones smaller. rng: random.Random."""
+    blocks of about min_block patches up, the last ones smaller. rng: random.Random."""
     mask, missing, tries = torch.zeros(grid, dtype=torch.bool), num_masked, 0
     while missing > 0 and tries < 10:
         tries += 1
@@ -293,7 +293,7 @@ VITS |= {"vit_base": (768, 12, 12), "vit_large": (1024, 24, 16)}
 
 def resize_positions(pos_embed, height, width):
     """Positions (1, 1 + N, D) of [CLS] and a square grid -> of height x width, bicubic; equal ones stay.
-    As officially 0.1 is added to the new sides, which shifts the grid a little."""
+    As officially 0.1 is added to the new sides, which scales the grid a little."""
     side = math.isqrt(pos_embed.shape[1] - 1)
     if (side, side) == (height, width):
         return pos_embed
@@ -475,7 +475,7 @@ def momentum_update(encoder_q, encoder_k, m):
 
 # --- Monitor ------------------------------------------------------------------------------------------------
 def target_moments(targets):
-    """Of targets (2, B, K): their mean (K), and behind it the mean of their entropies."""
+    """Targets (2, B, K) -> (K + 1): their mean, and behind it the mean of their entropies."""
     entropy = torch.special.entr(targets).sum(dim=-1).mean()
     return torch.cat([targets.mean(dim=(0, 1)), entropy[None]])
 
@@ -566,7 +566,7 @@ def train(args: Args) -> dict:
                 lr *= warmup / max(1, warmup - 1)
             decay = cosine_schedule(step, total, 0, args.weight_decay, args.final_weight_decay)
             for group in optimizer.param_groups:
-                frozen = group["last"] and step < unfreeze  # but with moments
+                frozen = group["last"] and step < unfreeze  # with moments
                 group["lr"] = 0.0 if frozen else lr * group["scale"]
                 group["weight_decay"] = decay if group["decays"] else 0.0
             momentum = cosine_schedule(step, total, 0, args.momentum, args.final_momentum)

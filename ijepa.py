@@ -6,7 +6,7 @@ r"""I-JEPA: learn features by predicting those of hidden blocks of an image from
 
 Paper: Assran et al. 2023, arXiv 2301.08243; where it and the official PyTorch code differ, the code.
 The context encoder f sees a block of an image less four target blocks, its moving average f' all of it. From
-f(context) and the place of each patch i of a target block a narrow predictor g guesses t_i = f'(image)_i:
+f(context) and the places i of a target block a narrow predictor g guesses t_i = layer_norm(f'(image)_i):
   L = mean over target blocks and their patches i of  smooth-L1(g(f(context), places of the block)_i - t_i)
 A constant f would give L = 0; but no gradient reaches the target, and the target is slow. A low L
 proves nothing: watch the effective rank, which must rise again; the alarm rings when all targets are alike.
@@ -21,7 +21,7 @@ Paper:  torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoi
 
 Differs from the official code: blocks lie anywhere, as in the paper, and may fill the grid; there never in
 the last row and column. Contexts are cut to one length at random, there the lowest patches go; small targets
-are kept, there drawn again. Below 7 x 7 patches a context may have fewer than 10. Masks are drawn, and
+are kept, there drawn again. Below 7 x 7 patches a context may have 10 or fewer. Masks are drawn, and
 contexts cut, for the global batch (of 2048 a tenth shorter than of 128): processes give loss and gradient of
 one. Crops are uint8, large JPEGs decoded smaller. Patch embeddings start with 0.02 x 16 / patch size, or
 small patches drown in their positions; predictors with 0.02 x sqrt(384 / width), as narrow ones of 0.02 learn
@@ -115,11 +115,11 @@ def multiblock_masks(
     """Patches of a grid x grid (Sec. 3): context (B, K) and target blocks (targets, B, M), in raster order.
     Sizes are shared by the batch, places are each image's own. A context is a block less the targets, drawn
     anew if it has min_keep patches or fewer; after 20 times the last target is not cut out, and so on."""
-    size, context_size = torch.rand(2, generator=generator).tolist()
+    u, context_u = torch.rand(2, generator=generator).tolist()
 
-    def places(number, scale, size, aspect):  # (number, B, height x width)
+    def places(number, scale, u, aspect):  # (number, B, height x width)
         low, high = scale
-        area = int(grid**2 * (low + size * (high - low)))
+        area = int(grid**2 * (low + u * (high - low)))
         height = max(1, min(grid, round(math.sqrt(area * aspect))))
         width = max(1, min(grid, round(math.sqrt(area / aspect))))
         top = torch.randint(grid - height + 1, (number, batch_size, 1, 1), generator=generator)
@@ -127,14 +127,14 @@ def multiblock_masks(
         rows = top + torch.arange(height)[:, None]
         return (rows * grid + left + torch.arange(width)).flatten(2)
 
-    aspect = 0.75 + size * (1.5 - 0.75)  # by the same number, as official
-    blocks = places(targets, target_scale, size, aspect)
+    aspect = 0.75 + u * (1.5 - 0.75)  # by the same number, as official
+    blocks = places(targets, target_scale, u, aspect)
     context = torch.zeros(batch_size, grid**2, dtype=torch.bool)
     for attempt in range(20 * (targets + 1)):  # ends, whatever the grid
         short = context.sum(dim=1, keepdim=True) <= min_keep
         if not short.any():
             break
-        drawn = torch.zeros_like(context).scatter(1, places(1, context_scale, context_size, 1)[0], True)
+        drawn = torch.zeros_like(context).scatter(1, places(1, context_scale, context_u, 1)[0], True)
         for block in blocks[: targets - attempt // 20]:
             drawn = drawn.scatter(1, block, False)
         context = torch.where(short, drawn, context)
@@ -227,7 +227,7 @@ class IJEPAPredictor(nn.Module):
     def forward(self, x, context, targets):
         positions = self.predictor_pos_embed.expand(len(x), -1, -1)
         x = self.predictor_embed(x) + apply_masks(positions, context[None])
-        queries = self.mask_token + apply_masks(positions, targets)  # (T B, M, P)
+        queries = self.mask_token + apply_masks(positions, targets)  # (T B, M, width)
         x = self.predictor_blocks(torch.cat([x.repeat(len(targets), 1, 1), queries], dim=1))
         return self.predictor_proj(self.predictor_norm(x[:, -queries.shape[1] :]))
 
@@ -377,8 +377,8 @@ def train(args: Args) -> dict:
                 with torch.set_grad_enabled(not args.stop_gradient):
                     tokens = target_encoder(images)  # of all patches
                 pred = net(images, context, targets)
-            target = target_features(tokens)
-            loss = ijepa_loss(pred, apply_masks(target, targets))
+            h = target_features(tokens)
+            loss = ijepa_loss(pred, apply_masks(h, targets))
 
             optimizer.zero_grad()
             scaler.scale(loss).backward()  # DDP takes the mean of all processes
@@ -397,7 +397,7 @@ def train(args: Args) -> dict:
 
             if at_log:
                 metrics = {"train/loss": loss.item(), "train/lr": lr, "train/grad_norm": grad_norm.item()}
-                moments = torch.stack([target.mean(dim=0), target.square().mean(dim=0)]).detach()
+                moments = torch.stack([h.mean(dim=0), h.square().mean(dim=0)]).detach()
                 found, problems = monitor(gather(moments[None]), gather(tokens.detach().mean(dim=1)))
                 log_metrics(run, step, metrics | {"ijepa/momentum": momentum} | found, problems, alarm_from)
             if at_log and time.monotonic() >= run.save_at:

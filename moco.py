@@ -7,7 +7,7 @@ r"""MoCo: learn features by finding the key of the same image in a queue of keys
 Papers: He et al. 2019, arXiv 1911.05722 (v1); Chen et al. 2020, arXiv 2003.04297 (v2, the default).
 The query encoder makes q of a view; the key encoder, its slow moving average, makes k of another view of the
 image; both have length 1. The negatives k_1 .. k_K are the keys of the last batches, in a queue (Eq. 1):
-  L = -log exp(q.k / tau) / (exp(q.k / tau) + sum_i exp(q.k_i / tau))
+  L = -log( exp(q.k / tau) / (exp(q.k / tau) + sum_i exp(q.k_i / tau)) )
 They keep q from collapsing, and their number does not depend on the batch: one GPU is enough.
 
 Demo:   python moco.py
@@ -20,7 +20,7 @@ v1:     the same with --no-mlp --temperature 0.07 --schedule steps --blur 0 --ji
             --jitter 0.4 0.4 0.4 0.4
 
 Differs from the official code: one device takes BatchNorm in 8 parts, as the official CIFAR notebook; bicubic
-crops of uint8, flipped first; large JPEGs decoded smaller; one order of colours a batch, gray last, in v1,
+crops of tensors, flipped first; large JPEGs decoded smaller; one order of colours a batch, gray last, in v1,
 too; a blur kernel of a tenth of the side, reflected borders; the cosine falls by steps, not by epochs; the
 rate follows the batch. Processes give loss, gradient, keys and queue of one but for BatchNorm.
 """
@@ -196,16 +196,16 @@ class MoCo(nn.Module):
         self.encoder_q.fc = nn.Sequential(hidden, nn.ReLU(inplace=True), head) if mlp else head
         for layer in self.modules():
             if isinstance(layer, nn.BatchNorm2d) and splits > 1:
-                layer.__class__, layer.splits = SplitBatchNorm, splits  # with the names of BatchNorm2d
+                layer.__class__, layer.splits = SplitBatchNorm, splits  # changes forward() alone
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(dim, queue_size), dim=0))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
-    def forward(self, images, keys=False):
+    def forward(self, x, keys=False):
         *body, head = (self.encoder_k if keys else self.encoder_q).children()
         for layer in body:
-            images = layer(images)
-        h = images.flatten(1)
+            x = layer(x)
+        h = x.flatten(1)
         z = head(h)
         return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1), h
 
@@ -218,8 +218,8 @@ def info_nce(q, k, queue, temperature, negatives=True):
     q, k, queue = q.to(dtype), k.detach().to(dtype), queue.detach().to(dtype)
     positive = (q * k).sum(dim=1, keepdim=True)
     logits = torch.cat([positive, q @ queue], dim=1) / temperature  # (B, 1 + K)
-    first = torch.zeros(len(q), dtype=torch.long, device=q.device)
-    return F.cross_entropy(logits, first) if negatives else -logits[:, 0].mean()
+    labels = torch.zeros(len(q), dtype=torch.long, device=q.device)
+    return F.cross_entropy(logits, labels) if negatives else -logits[:, 0].mean()
 
 
 @torch.no_grad()
@@ -331,12 +331,12 @@ def train(args: Args) -> dict:
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            views = torch.stack([crop.to(device, non_blocking=True) for crop in crops], dim=1).flatten(0, 1)
+            raw = torch.stack([crop.to(device, non_blocking=True) for crop in crops], dim=1).flatten(0, 1)
             generator = seeded(3, args.seed, step)  # 1: crops, 2: order of the images, 3: augment, shuffle
             u = torch.rand(args.batch_size, 2, 9, generator=generator).chunk(world)[rank]
             u = u.flatten(0, 1).to(device, non_blocking=True)
             order = [*torch.randperm(4, generator=generator).tolist(), 4]
-            images = augment(views, u, order, args.jitter, args.blur, radius, chance=args.jitter_chance)
+            images = augment(raw, u, order, args.jitter, args.blur, radius, chance=args.jitter_chance)
             if step == 0 and rank == 0:
                 torchvision.utils.save_image(images[:32], run.folder / "views.png")
             x_q, x_k = ((images - mean) / std).unflatten(0, (-1, 2)).unbind(dim=1)
@@ -345,13 +345,13 @@ def train(args: Args) -> dict:
                 q, h = net(x_q.contiguous(memory_format=layout))
             momentum_update(model.encoder_q, model.encoder_k, args.momentum)  # before the keys
             places = torch.randperm(args.batch_size, generator=generator).to(device, non_blocking=True)
-            with torch.no_grad(), autocast:  # shuffled, or its query's BatchNorm would betray the key
+            with torch.no_grad(), autocast:  # shuffled, or BatchNorm would betray which is the key
                 shuffled = gather(x_k)[places.chunk(world)[rank]]
                 k, _ = model(shuffled.contiguous(memory_format=layout), keys=True)
             every_k = gather(k)[places.argsort()]
             k = every_k.chunk(world)[rank]
 
-            queue = model.queue.clone()  # of before this step, for backward and monitor
+            queue = model.queue.clone()  # before this step, for backward and monitor
             loss = info_nce(q, k, queue, args.temperature, args.negatives)
             enqueue(model.queue, model.queue_ptr, every_k)
             optimizer.zero_grad()

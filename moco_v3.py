@@ -20,7 +20,7 @@ Paper:  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoi
             --batch-size 4096 --base-lr 1.5e-4 --warmup-epochs 40 --hidden-dim 4096 --min-scale 0.08 \
             --blurs 1 0.1 --workers 10
 
-Differs from the official code: no ResNets, no convolutional stems; smaller ViTs, too; bicubic crops of uint8,
+Differs from the official code: no ResNets, no convolutional stems; smaller ViTs, too; bicubic tensor crops,
 flipped first; large JPEGs decoded smaller; one order of colours a batch; blur cut at 5 pixels, reflected at
 borders; bfloat16. Processes give loss and gradient of one, but for BatchNorm, which only GPUs synchronise.
 """
@@ -254,12 +254,12 @@ class MoCoV3(nn.Module):
 # --- Loss ---------------------------------------------------------------------------------------------------
 def ctr(q, k, temperature, negatives=True):
     """One direction of Algorithm 1, of queries q and their keys k (N, D) of the whole batch, rows not
-    normalised, in float32 or better; gradient goes into q alone, by 2 tau of one size for any tau."""
+    normalised, in float32 or better; gradient goes into q alone; 2 tau: its size depends less on tau."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    q, k = (F.normalize(rows.to(dtype), dim=1, eps=1e-4) for rows in (q, k.detach()))  # eps: black images
+    q, k = (F.normalize(rows.to(dtype), dim=1, eps=1e-4) for rows in (q, k.detach()))  # rows can be 0
     logits = q @ k.T / temperature  # (N, N)
-    positive = torch.arange(len(q), device=q.device)
-    loss = F.cross_entropy(logits, positive) if negatives else -logits.diagonal().mean()
+    labels = torch.arange(len(q), device=q.device)
+    loss = F.cross_entropy(logits, labels) if negatives else -logits.diagonal().mean()
     return 2 * temperature * loss
 
 
@@ -273,16 +273,16 @@ def momentum_update(encoder_q, encoder_k, m):
 
 # --- Monitor ------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def monitor(q0, q1, k1, h, temperature, first):
-    """Metrics of queries q0, q1, keys k1 of q0 (N, D) and h (2N, D') of the whole batch; and what is wrong,
+def monitor(q1, q2, k2, h, temperature, first):
+    """Metrics of queries q1, q2, keys k2 of q1 (N, D) and h (2N, D') of the whole batch; and what is wrong,
     {words: the metric that shows it}. first: of the first log step. Uses ctr, collapse_metrics."""
-    cosines = F.normalize(q0, dim=1) @ F.normalize(k1, dim=1).T
+    cosines = F.normalize(q1, dim=1) @ F.normalize(k2, dim=1).T
     negative = cosines.clone().fill_diagonal_(-torch.inf).amax(dim=1)  # the nearest
     accuracy = (cosines.diagonal() > negative).float().mean().item()  # a tie is no success
-    chance = math.log(len(q0))  # InfoNCE of equal logits
-    gap = chance - ctr(q0, k1, temperature).item() / (2 * temperature)
+    chance = math.log(len(q1))  # InfoNCE of equal logits
+    gap = chance - ctr(q1, k2, temperature).item() / (2 * temperature)
 
-    q = torch.cat([q0, q1])
+    q = torch.cat([q1, q2])
     std, _, rank = collapse_metrics(q).values()
     metrics = {"moco_v3/contrastive_accuracy": accuracy, "moco_v3/gap": gap}
     metrics |= {"monitor/projection_std": std, "monitor/projection_rank": rank}
@@ -292,7 +292,7 @@ def monitor(q0, q1, k1, h, temperature, first):
     problems = {}
     if rank < max(0.05 * min(q.shape), 0.1 * first.get("monitor/projection_rank", 0)):
         problems["q fills few directions; keep the negatives, lower --base-lr"] = "monitor/projection_rank"
-    if accuracy < 2 / len(q0) and gap < 0.01 * chance:
+    if accuracy < 2 / len(q1) and gap < 0.01 * chance:
         problems["keys are found by chance; keep the negatives, lower --base-lr"] = "moco_v3/gap"
     return metrics, problems
 
@@ -358,23 +358,23 @@ def train(args: Args) -> dict:
             optimizer.param_groups[0]["lr"] = lr
             momentum = cosine_schedule(step, total, 0, args.momentum, final=1.0)
 
-            pixels = torch.stack([crop.to(device, non_blocking=True) for crop in crops], dim=1)
+            raw = torch.stack([crop.to(device, non_blocking=True) for crop in crops], dim=1)
             generator = seeded(3, args.seed, step)  # 1: crops, 2: order of the images, 3: augment
             u = torch.rand(args.batch_size, 2, 9, generator=generator).chunk(world)[rank]
             u = u.flatten(0, 1).to(device, non_blocking=True)
             order = [*torch.randperm(4, generator=generator).tolist(), 4]
-            images = augment(pixels.flatten(0, 1), u, order, args.jitter, blur, blur_radius, solarize)
+            images = augment(raw.flatten(0, 1), u, order, args.jitter, blur, blur_radius, solarize)
             if step == 0 and rank == 0:
                 torchvision.utils.save_image(images[:32], run.folder / "views.png")
 
             views = ((images - mean) / std).unflatten(0, (-1, 2)).unbind(1)
             momentum_update(model.base_encoder, model.momentum_encoder, momentum)  # before the keys
             with torch.autocast(device.type, amp, enabled=amp is not None):
-                (q0, h0), (q1, h1) = (net(view) for view in views)  # BatchNorm sees one view at a time
+                (q1, h1), (q2, h2) = (net(view) for view in views)  # BatchNorm sees one view at a time
                 with torch.no_grad():
-                    (k0, _), (k1, _) = (model(view, keys=True) for view in views)
-            q0, q1, k0, k1 = (gather(rows) for rows in (q0, q1, k0, k1))
-            loss = sum(ctr(q, k, args.temperature, args.negatives) for q, k in ((q0, k1), (q1, k0)))
+                    (k1, _), (k2, _) = (model(view, keys=True) for view in views)
+            q1, q2, k1, k2 = (gather(rows) for rows in (q1, q2, k1, k2))
+            loss = sum(ctr(q, k, args.temperature, args.negatives) for q, k in ((q1, k2), (q2, k1)))
 
             optimizer.zero_grad()
             scaler.scale(loss).backward()  # gather sums over processes, DDP takes the mean
@@ -391,8 +391,8 @@ def train(args: Args) -> dict:
 
             if at_log:
                 metrics = {"train/loss": loss.item(), "train/lr": lr, "train/grad_norm": grad_norm.item()}
-                h = gather(torch.cat([h0, h1]).detach())
-                found, problems = monitor(q0, q1, k1, h, args.temperature, run.first)
+                h = gather(torch.cat([h1, h2]).detach())
+                found, problems = monitor(q1, q2, k2, h, args.temperature, run.first)
                 log_metrics(run, step, metrics | found, problems, alarm_from)
             if at_log and time.monotonic() >= run.save_at:
                 save_run(run, step, encoder, **facts)

@@ -5,7 +5,7 @@
 r"""Pretext tasks: learn features from a question whose answer the image itself gives, --task one of
 rotation      which of the four turns is this?   Gidaris et al. 2018, arXiv 1803.07728
 jigsaw        how were the nine tiles shuffled?  Noroozi and Favaro 2016, arXiv 1603.09246
-colorization  what colour has each gray pixel?   Zhang et al. 2016, arXiv 1603.08511
+colorization  what colour is each gray pixel?    Zhang et al. 2016, arXiv 1603.08511
 
 Each is one class: the model; make() asks, score() marks, picture() shows. The loop knows no task. A model
 gives each of K answers a probability p_k; over all questions of a batch the loss is
@@ -195,8 +195,8 @@ def soft_bins(ab, bins, neighbors):
 
 
 def colour_weights(data, bins, args):
-    """From up to 2,048 images: weights (K,) of the bins, on average 1 (Eq. 4); logits (K,) of the best answer
-    without a look. SystemExit if 90 % are gray. Uses rgb_to_lab, RGB_TO_XYZ, WHITE, soft_bins,
+    """From up to 2,048 images: weights (K,) of the bins, on average 1 (Eq. 4); logits (K,) of the best
+    constant answer. SystemExit if 90 % are gray. Uses rgb_to_lab, RGB_TO_XYZ, WHITE, soft_bins,
     ignore_signals."""
     keys = range(0, len(data.items), math.ceil(len(data.items) / 2048))
     n, gray = len(bins), 0
@@ -243,7 +243,7 @@ def resnet(arch, stem):
 
 
 # A task has
-#   backbone, width; constant, logits of the best answer without a look
+#   backbone, width; constant, logits of the best constant answer
 #   random_numbers, how many make() gets for each image, uniform, as u (B, random_numbers)
 #   make(images, u) -> inputs, targets; forward(inputs) -> logits (R, K, ...), h (N, D)
 #   score(logits, targets) -> error, weight, right, (R, ...); weight 0: not asked
@@ -260,7 +260,7 @@ class Rotation(nn.Module):
         self.random_numbers = 0  # for each image
         self.backbone, self.width = resnet(args.arch, args.stem)
         self.head = nn.Linear(self.width, 4)
-        self.register_buffer("constant", torch.zeros(4))  # logits of the best answer without a look
+        self.register_buffer("constant", torch.zeros(4))  # logits of the best constant answer
 
     def make(self, images, u):
         """Images (B, 3, S, S) in [0, 1] -> inputs (4 B, 3, S, S), targets (4 B,)."""
@@ -335,7 +335,7 @@ class Jigsaw(nn.Module):
 
 
 class Colorization(nn.Module):
-    """Which of 313 colours has each fourth pixel of each fourth row, given lightness alone, as three equal
+    """Which of 313 colours is every fourth pixel of every fourth row, given lightness alone, as three equal
     channels? The nearest colours share the answer; rare ones count more, else all would be brown."""
 
     def __init__(self, args, data):
@@ -386,7 +386,7 @@ TASKS = {"rotation": Rotation, "jigsaw": Jigsaw, "colorization": Colorization}
 
 # --- Loss ---------------------------------------------------------------------------------------------------
 def cross_entropy(logits, index, share=1.0):
-    """Of logits (R, K, ...) -> (R, ...), where the answers `index` (R, ..., k) should have these shares."""
+    """Of logits (R, K, ...) -> (R, ...), with targets `index` (R, ..., k), which have these shares."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # float64 stays
     log_p = F.log_softmax(logits, dim=1).movedim(1, -1)
     return -(log_p.gather(-1, index) * share).sum(dim=-1)
@@ -394,13 +394,13 @@ def cross_entropy(logits, index, share=1.0):
 
 # --- Monitor ------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def monitor(answers, features):
-    """Metrics of answers (R, 4): cross-entropy, that of a constant answer, weight, right or not; and of
+def monitor(scores, features):
+    """Metrics of scores (R, 4): cross-entropy, that of a constant answer, weight, right or not; and of
     features (N, D). And what is wrong, {words: the metric that shows it}. Uses collapse_metrics."""
-    error, constant, weight, right = answers[answers[:, 2] > 0].T  # weight 0: not asked
+    error, constant, weight, right = scores[scores[:, 2] > 0].T  # weight 0: not asked
     accuracy = right.mean().item()
-    share = (weight * error).mean() / (weight * constant).mean()
-    gain = 1 - share.item()  # 0: no better than one answer to all
+    ratio = (weight * error).mean() / (weight * constant).mean()
+    gain = 1 - ratio.item()  # 0: no better than one answer to all
     metrics = {"pretext/accuracy": accuracy, "pretext/gain": gain}
     metrics["pretext/plain_loss"] = error.mean().item()
     for name, value in collapse_metrics(features, center=True).items():
@@ -492,8 +492,8 @@ def train(args: Args) -> dict:
             if at_log:
                 metrics = {"train/loss": loss.item(), "train/lr": lr, "train/grad_norm": grad_norm.item()}
                 constant, _, _ = model.score(model.constant.expand_as(logits), targets)
-                answers = torch.stack([errors.detach(), constant, weights, right], dim=-1).flatten(0, -2)
-                found, problems = monitor(gather(answers), gather(h.detach()))
+                scores = torch.stack([errors.detach(), constant, weights, right], dim=-1).flatten(0, -2)
+                found, problems = monitor(gather(scores), gather(h.detach()))
                 log_metrics(run, step, metrics | found, problems, alarm_from)
 
             if rank == 0 and (saves or step in (1, total)):

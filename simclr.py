@@ -7,7 +7,7 @@ r"""SimCLR: learn features by finding the other view of the same image among all
 Paper: Chen et al. 2020, arXiv 2002.05709; a third projector layer is that of v2, arXiv 2006.10029.
 Two random views of N images go through an encoder f, h = f(x), kept, and a projector g, z = g(h), dropped.
 Each of the 2N rows z_i, of length 1, has to find its partner z_p among the 2N - 1 others (Eq. 1):
-  L = mean over i of  -log exp(z_i.z_p / tau) / sum_{j != i} exp(z_i.z_j / tau)
+  L = mean over i of  -log( exp(z_i.z_p / tau) / sum_{j != i} exp(z_i.z_j / tau) )
 The negatives, all other images of all processes, with gradient, are what keeps h from collapsing.
 
 Demo:   python simclr.py
@@ -183,7 +183,7 @@ def nt_xent(z0, z1, temperature, negatives=True):
     """NT-Xent (Eq. 1) of both views (N, D) of the whole batch, rows of any length, in float32 or better.
     Takes three matrices (2N, 2N): 0.8 GiB at N = 4,096, 3 GiB at 8,192."""
     z = torch.cat([z0, z1])
-    z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1, eps=1e-4)  # alike: z is 0
+    z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1, eps=1e-4)  # rows can be 0
     logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)  # (2N, 2N): no row finds itself
     partner = torch.arange(len(z), device=z.device).roll(len(z0))
     return F.cross_entropy(logits, partner) if negatives else -logits.gather(1, partner[:, None]).mean()
@@ -269,7 +269,7 @@ def train(args: Args) -> dict:
     if args.init:
         load_encoder(model.backbone.state_dict(), args.init, facts["arch_args"])
     model = model.to(device, memory_format=torch.channels_last)  # twice as fast on CPUs
-    if world > 1 and device.type == "cuda":  # a process's statistics would betray both views of its images
+    if world > 1 and device.type == "cuda":  # or a process's statistics betray who is whose partner
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -313,12 +313,12 @@ def train(args: Args) -> dict:
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            views = torch.stack([crop.to(device, non_blocking=True) for crop in crops], dim=1)
+            raw = torch.stack([crop.to(device, non_blocking=True) for crop in crops], dim=1)
             generator = seeded(3, args.seed, step)  # 1: crops, 2: order of the images, 3: augment
             u = torch.rand(args.batch_size, 2, 9, generator=generator).chunk(world)[rank]
             u = u.flatten(0, 1).to(device, non_blocking=True)
             order = [*torch.randperm(4, generator=generator).tolist(), 4]
-            images = augment(views.flatten(0, 1), u, order, jitter, args.blur, blur_radius)
+            images = augment(raw.flatten(0, 1), u, order, jitter, args.blur, blur_radius)
             if step == 0 and rank == 0:
                 torchvision.utils.save_image(images[:32], run.folder / "views.png")
 

@@ -25,7 +25,7 @@ SECTIONS = ["Args", "Augmentation", "Model", "Loss", "Optimiser", "Monitor", "Tr
 LINES = {
     "beit": (990, 555, 90),
     "byol": (809, 374, 110),
-    "clip": (1039, 604, 135),
+    "clip": (1040, 605, 135),
     "convert": (259, 259, 45),
     "dino": (974, 539, 121),
     "dinov2": (1078, 643, 137),
