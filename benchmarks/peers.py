@@ -321,7 +321,7 @@ def accuracy(backbone, data):
     for mode in ("logreg", "knn"):
         with contextlib.redirect_stdout(io.StringIO()):
             results = eval_linear.evaluate(eval_linear.Args(backbone, mode, data=data))["results"]
-        top1[mode] = max(result["top1"] for result in results)
+        top1[mode] = results[0]["top1"]  # of k-NN: k = 20; the test images choose nothing
     return top1
 
 
