@@ -288,7 +288,7 @@ def csv_rows(data, file):
     groups = [bool(group) for _, group in known.values()]
     named = [name for name in COLUMNS["label"] if name in header]
     if len(named) > 1:
-        say(f"--labels-csv {file}: the label is {named[0]}, not {', '.join(named[1:])}; rename what is none")
+        say(f"--labels-csv {file}: the label is {named[0]}, not {', '.join(named[1:])}; rename them if not")
     if any(groups) and not all(groups):
         words = f"{groups.count(False)} of {len(groups)} labelled rows have no group; fill or drop the column"
         raise SystemExit(f"--labels-csv {file}: {words}")
@@ -805,8 +805,8 @@ def linear_probe(features, labels, groups, classes, args, seed=0, augmented=None
     scores = [held_out_score(features[held] @ weight + bias, labels[held]) for weight, bias in fitted]
     best = scores.index(max(scores))
     if len(rates) > 1:
-        shares = (f"{rate:g}: {score / held.sum():.1%}" for rate, score in zip(rates, scores, strict=True))
-        say(f"--rates, of {held.sum()} labels kept out right: {', '.join(shares)}")
+        right = (f"{rate:g}: {max(0, math.ceil(score))}" for rate, score in zip(rates, scores, strict=True))
+        say(f"--rates: right ones of {held.sum()} labels kept out: {', '.join(right)}")
     if not fitted[best][0].isfinite().all():
         raise SystemExit("--mode linear: weights are not finite; lower --rates")
     return *fitted[best], {"rate": rates[best]}
@@ -1215,7 +1215,7 @@ def image_paths(folder):
     files, entered, waiting, hidden = [], set(), [os.fsencode(folder)], (b".", b"@", b"__MACOSX")
     while waiting:  # first without links
         for at, folders, names in os.walk(waiting.pop(0), onerror=print):
-            if os.path.realpath(at) in entered or b"metrics.jsonl" in names:
+            if os.path.realpath(at) in entered or entered and b"metrics.jsonl" in names:
                 folders.clear()
                 continue
             entered.add(os.path.realpath(at))

@@ -435,7 +435,7 @@ def image_paths(folder):
     files, entered, waiting, hidden = [], set(), [os.fsencode(folder)], (b".", b"@", b"__MACOSX")
     while waiting:  # first without links
         for at, folders, names in os.walk(waiting.pop(0), onerror=print):
-            if os.path.realpath(at) in entered or b"metrics.jsonl" in names:
+            if os.path.realpath(at) in entered or entered and b"metrics.jsonl" in names:
                 folders.clear()
                 continue
             entered.add(os.path.realpath(at))

@@ -73,6 +73,8 @@ def test_pictures_of_a_run_are_no_photos_and_a_folder_that_cannot_be_read_is_nam
     fill("a/0.png", "runs/simclr/views.png", "lost+found/1.png")
     Path("runs/simclr/metrics.jsonl").touch()
     assert names_of(simclr.image_paths(".")) == ["./a/0.png", "./lost+found/1.png"]
+    Path("metrics.jsonl").touch()  # beside the photos it says nothing
+    assert names_of(simclr.image_paths(".")) == ["./a/0.png", "./lost+found/1.png"]
     scandir = os.scandir
 
     def refuse(folder):

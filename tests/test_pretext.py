@@ -375,6 +375,17 @@ def test_colorization_picture():
 # Loss and monitor
 
 
+@pytest.mark.parametrize("name, classes", [("rotation", 4), ("jigsaw", 100), ("colorization", 313)])
+def test_an_untrained_network_knows_nothing(name, classes, generator):
+    """Oracle 2: its cross-entropy is near the logarithm of the number of answers."""
+    torch.manual_seed(0)
+    side = 64 if name == "jigsaw" else 32
+    task = task_of(name, image_size=side, permutations=100)
+    inputs, targets = task.make(torch.rand(16, 3, side, side, generator=generator), numbers_for(task, 16))
+    error, _, _ = task.score(task(inputs)[0], targets)
+    assert error.mean().item() == pytest.approx(math.log(classes), abs=0.4)
+
+
 def test_cross_entropy_is_pytorch_s(generator):
     """Of a label, and of shares; of rows and of maps; in float64, or at least float32. Of equal logits it is
     the logarithm of their number (oracle 2)."""
