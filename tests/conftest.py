@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with threads of OpenMP cannot be forked
+os.environ["OMP_NUM_THREADS"] = "1"  # a process with threads of OpenMP cannot be forked
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
