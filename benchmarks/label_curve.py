@@ -10,6 +10,7 @@ seeds; with all labels only the untrained network differs between them.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -17,8 +18,6 @@ import torch
 import tyro
 
 matplotlib.use("Agg")
-import sys  # noqa: E402
-
 import matplotlib.pyplot as plt  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -58,6 +57,24 @@ def from_scratch(file, data, counts, seeds):
     return top1
 
 
+def draw(table, title, to):
+    figure, panel = plt.subplots(figsize=(7, 4.2))
+    for name, curve in table.items():
+        rows = [torch.tensor(values) for values in curve.values()]
+        means = [row.mean().item() for row in rows]
+        spread = [row.std().item() if len(row) > 1 else 0.0 for row in rows]
+        style = "--" if name in ("untrained", "from scratch") else "-"
+        panel.errorbar([*curve], means, spread, label=name, capsize=3, ls=style, marker=".")
+
+    panel.set(xscale="log", xlabel="labels", ylabel="top-1 accuracy in %", title=title)
+    ticks = sorted({count for curve in table.values() for count in curve})
+    panel.set_xticks(ticks, [str(count) for count in ticks])
+    panel.grid(alpha=0.3)
+    panel.legend()
+    figure.tight_layout()
+    figure.savefig(to, dpi=110)
+
+
 def main(
     backbones: list[str],
     data: str = "demo",
@@ -71,43 +88,19 @@ def main(
     whose other curves stay."""
     everything, file = sum(~E.read_labels(data).is_test).item(), Path(to).with_suffix(".json")
     kept = json.loads(file.read_text())["top1"] if file.exists() else {}
-    table = {name: {int(count) % everything: v for count, v in kept[name].items()} for name in kept}
+    table = {name: {int(count): kept[name][count] for count in kept[name]} for name in kept}
     for name, path in (word.split("=", 1) for word in backbones):
-        table[name] = frozen(path, data, labels, seeds)
-        print(
-            name,
-            {count or everything: round(sum(v) / len(v), 1) for count, v in table[name].items()},
-            flush=True,
-        )
+        curve = frozen(path, data, labels, seeds)
+        table[name] = {count or everything: curve[count] for count in curve}
+        print(name, {count: round(sum(v) / len(v), 1) for count, v in table[name].items()}, flush=True)
     if scratch:
-        table["from scratch"] = from_scratch(scratch, data, labels, scratch_seeds)
-    figure, panel = plt.subplots(figsize=(7, 4.2))
-    for name, curve in table.items():
-        rows = [torch.tensor(values) for values in curve.values()]
-        spread = [row.std().item() if len(row) > 1 else 0.0 for row in rows]
-        style = "--" if name in ("untrained", "from scratch") else "-"
-        x = [count or everything for count in curve]
-        panel.errorbar(
-            x, [row.mean().item() for row in rows], spread, label=name, capsize=3, ls=style, marker="."
-        )
-    panel.set(xscale="log", xlabel="labels", ylabel="top-1 accuracy in %", title=Path(data).name)
-    panel.set_xticks(
-        [count or everything for count in labels], [str(count or everything) for count in labels]
-    )
-    panel.grid(alpha=0.3)
-    panel.legend()
-    figure.tight_layout()
-    figure.savefig(to, dpi=110)
-    table = {
-        name: {str(count or everything): v for count, v in curve.items()} for name, curve in table.items()
-    }
-    results = {
-        "data": data,
-        "seeds": seeds,
-        "test_images": int(sum(E.read_labels(data).is_test)),
-        "top1": table,
-    }
+        curve = from_scratch(scratch, data, labels, scratch_seeds)
+        table["from scratch"] = {count or everything: curve[count] for count in curve}
+
+    tests = int(sum(E.read_labels(data).is_test))
+    results = {"data": data, "seeds": seeds, "test_images": tests, "top1": table}
     file.write_text(json.dumps(results, indent=1))
+    draw(table, Path(data).name, to)
     print(to)
 
 

@@ -26,6 +26,7 @@ from lightly.models.utils import update_momentum
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from torchvision.transforms import InterpolationMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval_linear  # noqa: E402
@@ -125,8 +126,11 @@ def byol(args):
         # twice lightly's mean of both directions: the paper's 2 - 2 cos, summed over them
         return 2 * (criterion(predictions[0], targets[1]) + criterion(predictions[1], targets[0]))
 
+    views = byol_views(args)
+    for view in views.transforms:  # as ours; its own crops are bilinear
+        view.transform.transforms[0].interpolation = InterpolationMode.BICUBIC
     trained = [*online.parameters(), *predictor.parameters()]
-    return Peer(online[0], loss, trained, byol_views(args), ((online, target),))
+    return Peer(online[0], loss, trained, views, ((online, target),))
 
 
 def dino(args):
