@@ -121,8 +121,9 @@ def draw(curves, to):
         panel.set_xticks([2, 5, 10, 20, 50, 100], ["2", "5", "10", "20", "50", "100"])
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("top-1 accuracy in %")
-    panels[0].legend()
-    figure.tight_layout()
+    names = panels[0].get_legend_handles_labels()
+    figure.legend(*names, loc="upper center", ncols=len(curves))  # above: it hides no curve there
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
     figure.savefig(to, dpi=110)
 
 
