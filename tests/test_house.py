@@ -18,6 +18,7 @@ import pytest
 import tomllib
 import tyro
 from conftest import ROOT, SCRIPTS, TRAINING, Forked, run
+from mutants import FAULTS
 
 SECTIONS = ["Args", "Augmentation", "Model", "Loss", "Optimiser", "Monitor", "Training", "Plumbing"]
 # Lines in all, before Plumbing, of train(). Above DESIGN's budgets: eval_linear (600) has any labels,
@@ -402,3 +403,10 @@ def test_deprecated_calls_of_every_script_are_errors():
 def test_nothing_of_the_shared_data_is_committed():
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert files and not [name for name in files if Path(name).suffix in (".jpg", ".jpeg", ".pt")]
+
+
+def test_the_lines_that_mutants_break_are_there():
+    counts = {
+        (script, line): (ROOT / f"{script}.py").read_text().count(line) for script, _, line, _ in FAULTS
+    }
+    assert len(counts) > 40 and set(counts.values()) == {1}, [key for key in counts if counts[key] != 1]
